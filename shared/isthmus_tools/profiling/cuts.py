@@ -63,9 +63,16 @@ def with_cuts(
     progress(f"{'publishing' if new_version else 'uploading'} {len(lacking)} more cuts, without weights")
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
         bundle, files = add_cuts(model.bundle, whole, lacking, folder)
-        if not new_version:
-            return Resolved(model.name, model.version, registry.stage(bundle, files), bundle)
-        version = registry.publish(bundle, files)
+        return with_bundle(registry, model, bundle, files, new_version)
+
+
+def with_bundle(
+    registry: Registry, model: Resolved, bundle: Bundle, files: Mapping[str, Path], new_version: bool
+) -> Resolved:
+    """`bundle`, of more cuts than the model's, as its next version or staged without a version."""
+    if not new_version:
+        return Resolved(model.name, model.version, registry.stage(bundle, files), bundle)
+    version = registry.publish(bundle, files)
     return Resolved(version.name, version.version, version.digest, bundle)
 
 

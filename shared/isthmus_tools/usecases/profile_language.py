@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-
-from msgspec import structs
 
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.cuts import layer_cut, layer_numbers
 from isthmus.artifacts.profile import Profile
-from isthmus.artifacts.segment_id import WHOLE, SegmentId, partition_ids
+from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.generation.session import CHUNK
 from isthmus.registry import Registry, Resolved, SegmentCache, open_cache, open_registry
+from isthmus_tools.budget import Budget
 from isthmus_tools.graph.decoder.bundler import add_layer_cuts
 from isthmus_tools.planner.decoder_layers import DecoderLayers, layer_cuts, layers_before
-from isthmus_tools.profiling import profiles
-from isthmus_tools.profiling.measure import hop_cost
-from isthmus_tools.profiling.remote import ProfiledFunction
+from isthmus_tools.profiling.cuts import with_bundle
 from isthmus_tools.profiling.slow_edge import AT_FULL_SPEED
 from isthmus_tools.profiling.steps import StepSizes, StepSubject, measure_steps
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.profile_request import ProfileRequest, ProfileResult
+from isthmus_tools.usecases.profiled_tiers import EDGE, ProfiledTiers, tier_segment
 
-EDGE, CLOUD = "edge", "cloud"
 # Two cuts so far apart tell the time of a layer from the rest; nearer ones divide more noise by fewer layers.
 _APART = 1 / 3
 
@@ -42,58 +38,42 @@ def profile_language_model(request: ProfileRequest, progress: Progress = silent)
     store = open_registry(request.registry)
     version = store.resolve(request.model)
     layers = DecoderLayers.of(version.bundle)
-    urls = {tier: url for tier, url in ((EDGE, request.functions.head), (CLOUD, request.functions.tail)) if url}
-    token, protection = request.functions.token, request.functions.protection
-    functions = {tier: ProfiledFunction(url, token, protection=protection) for tier, url in urls.items()}
-    progress("asking the functions what they run on")
-    devices = {tier: function.device() for tier, function in functions.items()}
+    tiers = ProfiledTiers(request, store, progress)
     asked = [layer_cut(n) for text in request.cuts for n in layer_numbers(text, layers.count)]
     cuts = asked or profiled_layers(version.bundle, layers)
     sizes = StepSizes.of(layers.context, CHUNK)
-    current = {tier: profiles.find(store, version.bundle, tier, device.id) for tier, device in devices.items()}
+    current = tiers.stored(version.bundle)
     fresh = {
         tier: p
         for tier, p in current.items()
-        if p is not None and not request.again and _holds(p, [_end(tier, c) for c in cuts], sizes)
+        if p is not None and not request.again and _holds(p, [tier_segment(tier, c) for c in cuts], sizes)
     }
-    if fresh.keys() < functions.keys():
+    if fresh.keys() < tiers.functions.keys():
         earlier = layer_cuts(c for p in current.values() if p is not None for c in store.bundle(p.bundle).cuts)
         # Measurements are merged into earlier profiles, so one version must hold the segments of both.
         version = with_layer_cuts(
             store, open_cache(request.registry, store), version, [*earlier, *cuts], request.new_version, progress
         )
-    measured = dict(fresh)
     assert version.bundle.state is not None  # noqa: S101 - as DecoderLayers has checked
     subject = StepSubject(version.bundle, version.digest, version.bundle.state, sizes)
-    due = [tier for tier in functions if tier not in fresh]
-    for i, tier in enumerate(due):
-        new = measure_steps(
-            functions[tier],
+
+    def measure_tier(tier: str, budget: Budget) -> Profile:
+        return measure_steps(
+            tiers.functions[tier],
             subject,
             tier,
-            [version.bundle.segment(_end(tier, cut)) for cut in cuts],
+            [version.bundle.segment(tier_segment(tier, cut)) for cut in cuts],
             runs=request.runs,
             progress=progress,
             edge=request.functions.edge if tier == EDGE else AT_FULL_SPEED,
-            budget=request.budget.share((i + 1) / len(due)),
+            budget=budget,
         )
-        new = structs.replace(new, device=devices[tier])
-        old = current[tier]
-        measured[tier] = profiles.merge(old, new) if old is not None and old.steps else new
-        profiles.put(store, measured[tier])
-    if (edge := request.functions.edge).slowdown != 1 and EDGE in functions:
-        progress(f"the cost of a call at an edge {edge.slowdown:g} times slower")
-        # Steps of one thread count by their CPU time already.
-        whole_s = measured[EDGE].whole.run.median
-        measured[EDGE] = profiles.slowed(measured[EDGE], edge.slowdown, hop_cost(functions[EDGE], edge), whole_s)
-        profiles.put(store, measured[EDGE])
-        if CLOUD in functions:
-            # The caller of the cloud is at the edge as well. The stored profile stays that of a caller at full speed.
-            hop = hop_cost(functions[CLOUD], replace(edge, pids=()))
-            measured[CLOUD] = structs.replace(measured[CLOUD], hop=hop)
+
+    measured = tiers.measured(fresh, current, measure_tier, lambda old: bool(old.steps))
+    # Steps of one thread count by their CPU time already.
+    measured = tiers.slowed(measured, lambda: measured[EDGE].whole.run.median)
     weights = {cut: version.bundle.cuts[cut].bytes for cut in cuts if cut in version.bundle.cuts}
-    in_order = {tier: measured[tier] for tier in functions}
-    return ProfileResult(f"{version.name}:{version.version}", weights, in_order, frozenset(fresh))
+    return ProfileResult(f"{version.name}:{version.version}", weights, measured, frozenset(fresh))
 
 
 def profiled_layers(bundle: Bundle, layers: DecoderLayers) -> list[str]:
@@ -126,18 +106,10 @@ def with_layer_cuts(
         with cache.locate(model.digest, WHOLE) as whole:
             bundle, files = add_layer_cuts(model.bundle, whole.path, lacking, Path(folder), progress=progress)
         progress(f"{'publishing' if new_version else 'uploading'} {len(lacking)} more cuts, without weights")
-        if not new_version:
-            return Resolved(model.name, model.version, registry.stage(bundle, files), bundle)
-        version = registry.publish(bundle, files)
-    return Resolved(version.name, version.version, version.digest, bundle)
+        return with_bundle(registry, model, bundle, files, new_version)
 
 
 def _holds(profile: Profile, segments: Sequence[SegmentId], sizes: StepSizes) -> bool:
     """Whether a profile has the steps of these sizes for the whole model and each segment."""
     timed = {(step.segment, step.tokens, step.past) for step in profile.steps}
     return timed >= {(segment, *point) for segment in (WHOLE, *segments) for point in sizes.points}
-
-
-def _end(tier: str, cut: str) -> SegmentId:
-    """The segment that a tier runs at a cut: the head at the edge, else the tail."""
-    return partition_ids([cut])[0 if tier == EDGE else 1]

@@ -90,9 +90,9 @@ def calibrate(request: CalibrateRequest, progress: Progress = silent) -> Calibra
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
         cuts = calibrated_cuts(request, store, model)
         if bundle.text is not None and bundle.state is not None:
-            calibrated = _calibrate_text(request, settings, model, bundle.text, cuts, Path(folder), progress)
+            calibrated = _calibrate_text(request, settings, store, model, bundle.text, cuts, Path(folder), progress)
         else:
-            calibrated = _calibrate(request, settings, model, cuts, Path(folder), progress)
+            calibrated = _calibrate(request, settings, store, model, cuts, Path(folder), progress)
         publication = publish_version(
             store, calibrated.bundle, calibrated.files, request.alias, before=model, drop_plan=request.drop_plan
         )
@@ -102,6 +102,7 @@ def calibrate(request: CalibrateRequest, progress: Progress = silent) -> Calibra
 def _calibrate(
     request: CalibrateRequest,
     settings: SegmentSettings,
+    registry: Registry,
     model: Resolved,
     cuts: Sequence[str],
     folder: Path,
@@ -113,7 +114,7 @@ def _calibrate(
         )
     inputs = INPUTS if request.inputs is None else request.inputs
     return calibration.calibrate(
-        SegmentExecutor(model.digest, model.bundle, open_cache(settings, open_registry(settings)), settings),
+        SegmentExecutor(model.digest, model.bundle, open_cache(settings, registry), settings),
         open_source(model.bundle, request.files, request.data, inputs),
         CalibrationSpec(cuts, inputs, request.limit, measure_for(model.bundle, request.classes, request.tolerance)),
         folder,
@@ -124,6 +125,7 @@ def _calibrate(
 def _calibrate_text(
     request: CalibrateRequest,
     settings: SegmentSettings,
+    registry: Registry,
     model: Resolved,
     text_model: TextModel,
     cuts: Sequence[str],
@@ -136,7 +138,6 @@ def _calibrate_text(
             hint="leave --data out, or give a file: --text FILE",
         )
     path = request.text or PROSE
-    registry = open_registry(settings)
     tokens = TextCodec(registry.blob(text_model.tokenizer), text_model).encode(_read_text(path))
     # A session for each codec of a window, beside the head's.
     store = open_store(open_cache(settings, registry), replace(settings, max_sessions=2 * len(texts.CHOICES)))

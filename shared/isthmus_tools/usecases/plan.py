@@ -43,7 +43,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
     model = store.resolve(request.model)
     if model.bundle.text is not None:
         check_language_request(request, model.bundle)
-        return plan_language_model(request, _profiles(request, progress), progress)
+        return plan_language_model(request, store, model, _profiles(request, progress), progress)
     _check_request(request)
     kind, examples = example_requests(
         model.bundle, request.photos, request.tensors, random=_RANDOM_REQUESTS, samples=True

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from isthmus.artifacts.plan import Candidate
 from isthmus.artifacts.profile import Profile
-from isthmus.registry import Registry, Resolved, open_cache, open_registry
+from isthmus.registry import Registry, Resolved, open_cache
 from isthmus_tools.planner.choice import choose, with_measurements
 from isthmus_tools.planner.generation_runs import GenerationTask
 from isthmus_tools.planner.language_candidates import LanguageCandidates
@@ -19,22 +19,25 @@ from isthmus_tools.planner.segment_pool import codec_tables
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.answer_size import prompt_ids
 from isthmus_tools.usecases.functions import measure_answers
-from isthmus_tools.usecases.plan_request import PlanRequest, PlanResult, check_language_request
+from isthmus_tools.usecases.plan_request import PlanRequest, PlanResult
 from isthmus_tools.usecases.profile_language import with_layer_cuts
 
 
 def plan_language_model(
-    request: PlanRequest, profiles: Mapping[str, Profile], progress: Progress = silent
+    request: PlanRequest,
+    store: Registry,
+    version: Resolved,
+    profiles: Mapping[str, Profile],
+    progress: Progress = silent,
 ) -> PlanResult:
     """The plan of a language model by the `profiles` of its tiers; nothing that serves changes until it is published.
 
+    `request` has passed `check_language_request`.
+
     Raises:
         Infeasible: no candidate meets the constraints.
-        As `check_language_request`; HopError, RegistryError: a function or the registry cannot be reached.
+        HopError, RegistryError: a function or the registry cannot be reached.
     """
-    store = open_registry(request.registry)
-    version = store.resolve(request.model)
-    check_language_request(request, version.bundle)
     # A plan belongs to one bundle, and these candidates may be for the next.
     base = Resolved(version.name, version.version, version.digest, replace(version.bundle, plan=None))
     tables = codec_tables(store)

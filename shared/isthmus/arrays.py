@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -51,3 +51,16 @@ def supplied_inputs(state: State, lengths: Array, scored: int) -> dict[str, Arra
     """
     inputs = {state.lengths: lengths, state.total: np.array(lengths.max() + 1, np.int32)}
     return inputs if state.scored is UNSET else {**inputs, state.scored: np.array(scored, np.int64)}
+
+
+def empty_state(state: State, specs: Iterable[TensorSpec]) -> dict[str, Array]:
+    """The state of one row before its first step: of `specs`, the inputs with a past."""
+    pasts = {pair.past for pair in state.pairs}
+    empty: dict[str, Array] = {}
+    for spec in specs:
+        if spec.name in pasts:
+            # The free size beside the past is the batch.
+            sizes = [size if isinstance(size, int) else 1 for size in spec.shape]
+            sizes[state.axis] = 0
+            empty[spec.name] = np.zeros(sizes, DTYPES[spec.dtype])
+    return empty

@@ -9,10 +9,10 @@ import numpy as np
 
 from isthmus.arrays import Array
 from isthmus.errors import CalibrationError
+from isthmus_tools.graph.decoder.exits import EPSILON
 
 # In variances of a normalised channel; measured flat from 1 to 1,000 for SmolLM2.
 _RIDGE = 30.0
-_EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def fit(stream: Array, final: Array) -> LinearMap:
 def normalised(stream: Array) -> Array:
     """Rows of a root mean square of 1: the residual stream grows by orders of magnitude at single positions."""
     rows = stream.astype(np.float64)
-    scaled: Array = rows / np.sqrt((rows**2).mean(axis=-1, keepdims=True) + _EPSILON)
+    scaled: Array = rows / np.sqrt((rows**2).mean(axis=-1, keepdims=True) + EPSILON)
     return scaled
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from isthmus.arrays import Array, supplied_inputs
+from isthmus.arrays import Array, empty_state, supplied_inputs
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.sampling import Sampling
 from isthmus.artifacts.segment_id import WHOLE
@@ -115,12 +115,7 @@ def observe(
         raise ModelError(f"{bundle.name} declares no state")
     graph, segment = observing(whole, bundle, cuts)
     runner = UnpublishedRunner(graph, segment, whole.parent, threads=threads, repack=True)
-    pasts = {pair.past for pair in state.pairs}
-    empty = {
-        spec.name: np.zeros([d if isinstance(d, int) else int(i == 0) for i, d in enumerate(spec.shape)], np.float32)
-        for spec in segment.inputs
-        if spec.name in pasts
-    }
+    empty = empty_state(state, segment.inputs)
     found: dict[str, list[Array]] = {name: [] for name in (*cuts, FINAL)}
     for tokens, start in written:
         count = len(tokens)

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from isthmus.arrays import DTYPES, Array, supplied_inputs
+from isthmus.arrays import DTYPES, Array, empty_state, supplied_inputs
 from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.profile import Profile, SegmentCost, StepCost, content_of
 from isthmus.artifacts.sampling import Sampling
@@ -82,16 +82,9 @@ class StepSubject:
         count = self.sizes.chunk
         # One position is scored, as in the steps.
         supplied = supplied_inputs(self.state, np.array([count - 1], np.int32), 1)
-        empty = {
-            spec.name: np.zeros(
-                [n if isinstance(n, int) else int(not axis) for axis, n in enumerate(spec.shape)], DTYPES[spec.dtype]
-            )
-            for spec in segment.inputs
-            if spec.name in self.bundle.kept and spec.name not in supplied
-        }
         taken = {spec.name for spec in segment.inputs}
         given = {name: array for name, array in supplied.items() if name in taken}
-        return {**self.arrays(segment, count), **given, **empty}
+        return {**self.arrays(segment, count), **given, **empty_state(self.state, segment.inputs)}
 
 
 def measure_steps(

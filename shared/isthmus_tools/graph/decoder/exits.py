@@ -27,7 +27,8 @@ FINAL = "output_norm.out"
 _OPSET, _IR_VERSION = 21, 10
 # Where a decoder's output matrix is in its weights file: of its own, or the tied embedding.
 _MATRICES = ("output.weight", "token_embd.weight")
-_EPSILON = 1e-5
+EPSILON = 1e-5
+"""Added to the mean square of a residual stream, by the branch as by its fit."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _graph(boundary: TensorSpec, place: WeightTensor, vocabulary: int, fitted: F
         nodes.append(ir.node(kind, inputs, attributes, outputs=[value], name=name))
         return value
 
-    normed = op("SimplifiedLayerNormalization", [x, constants["scale"]], "normed", axis=-1, epsilon=_EPSILON)
+    normed = op("SimplifiedLayerNormalization", [x, constants["scale"]], "normed", axis=-1, epsilon=EPSILON)
     final = op("Add", [op("MatMul", [normed, constants["map"]], "mapped"), constants["bias"]], "final")
     # Constants: folded when the session is made, so that only these rows are in memory.
     rows = op("Transpose", [op("Gather", [constants[place.name], constants["ids"]], "rows")], "columns", perm=[1, 0])

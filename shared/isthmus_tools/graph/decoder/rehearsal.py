@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from isthmus.arrays import DTYPES, Array, supplied_inputs
+from isthmus.arrays import Array, empty_state, supplied_inputs
 from isthmus.artifacts.state import State
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import ModelError, SegmentError
@@ -44,8 +44,7 @@ class StepRehearsal:
     def _through(self, part: Extracted, runs: Sequence[Mapping[str, Array]]) -> Iterator[Mapping[str, Array]]:
         try:
             runner = UnpublishedRunner(part.graph, part.segment, self._folder, threads=cpu_limit(), repack=True)
-            pasts = {pair.past for pair in self._state.pairs}
-            memory = {spec.name: self._empty(spec) for spec in part.inputs if spec.name in pasts}
+            memory = empty_state(self._state, part.inputs)
             count = 0
             # State goes through arrays here; functions bind its memory, which a rehearsal of 8 tokens does not need.
             for values in runs:
@@ -58,8 +57,3 @@ class StepRehearsal:
                 yield outputs
         except SegmentError as e:
             raise ModelError(f"onnxruntime cannot run segment {part.id}: {e.message}", segment=part.id) from e
-
-    def _empty(self, spec: TensorSpec) -> Array:
-        sizes = (d if isinstance(d, int) else 1 for d in spec.shape)
-        shape = [0 if i == self._state.axis else size for i, size in enumerate(sizes)]
-        return np.zeros(shape, DTYPES[spec.dtype])

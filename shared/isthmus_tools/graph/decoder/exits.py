@@ -20,11 +20,10 @@ from isthmus.artifacts.bundle import EXIT_PROBABILITIES, EXIT_TOKENS, Blob, Bund
 from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import ModelError
+from isthmus_tools.graph.node_writer import NodeWriter, initialiser, written_model
 from isthmus_tools.graph.weights import LOCATION
 
 FINAL = "output_norm.out"
-# As those of the decoders themselves.
-_OPSET, _IR_VERSION = 21, 10
 # Where a decoder's output matrix is in its weights file: of its own, or the tied embedding.
 _MATRICES = ("output.weight", "token_embd.weight")
 EPSILON = 1e-5
@@ -70,8 +69,7 @@ def exit_segment(bundle: Bundle, cut: str, fitted: FittedExit) -> tuple[bytes, S
     """
     boundary = _boundary(bundle, cut)
     index, place = _matrix(bundle)
-    graph = _graph(boundary, place, _vocabulary(bundle), fitted)
-    document = ir.Model(graph, ir_version=_IR_VERSION, producer_name="isthmus")
+    document = _model(boundary, place, _vocabulary(bundle), fitted)
     data = ir.serde.serialize_model(document).SerializeToString(deterministic=True)
     rows = boundary.shape[:2]
     outputs = (TensorSpec(EXIT_TOKENS, "int64", rows), TensorSpec(EXIT_PROBABILITIES, "float32", rows))
@@ -95,7 +93,7 @@ def matrix_of(weights: Path, bundle: Bundle) -> Array:
     return np.memmap(weights, np.float32, "r", place.offset, shape)
 
 
-def _graph(boundary: TensorSpec, place: WeightTensor, vocabulary: int, fitted: FittedExit) -> ir.Graph:
+def _model(boundary: TensorSpec, place: WeightTensor, vocabulary: int, fitted: FittedExit) -> ir.Model:
     width = int(boundary.shape[-1])
     batch, count = ir.SymbolicDim("batch"), ir.SymbolicDim("tokens")
     x = ir.Value(name=boundary.name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([batch, count, width]))
@@ -108,15 +106,10 @@ def _graph(boundary: TensorSpec, place: WeightTensor, vocabulary: int, fitted: F
         "bias": fitted.bias.astype(np.float32),
         "ids": fitted.tokens.astype(np.int64),
     }
-    constants = {name: _constant(name, ir.tensor(array, name=name)) for name, array in arrays.items()}
-    constants[place.name] = _constant(place.name, matrix)
-    nodes: list[ir.Node] = []
-
-    def op(kind: str, inputs: Sequence[ir.Value], name: str, **attributes: int | float | list[int]) -> ir.Value:
-        value = ir.Value(name=name)
-        nodes.append(ir.node(kind, inputs, attributes, outputs=[value], name=name))
-        return value
-
+    constants = {name: initialiser(ir.tensor(array, name=name)) for name, array in arrays.items()}
+    constants[place.name] = initialiser(matrix)
+    writer = NodeWriter()
+    op = writer.node
     normed = op("SimplifiedLayerNormalization", [x, constants["scale"]], "normed", axis=-1, epsilon=EPSILON)
     final = op("Add", [op("MatMul", [normed, constants["map"]], "mapped"), constants["bias"]], "final")
     # Constants: folded when the session is made, so that only these rows are in memory.
@@ -124,24 +117,11 @@ def _graph(boundary: TensorSpec, place: WeightTensor, vocabulary: int, fitted: F
     shares = op("Softmax", [op("MatMul", [final, rows], "scores")], "shares", axis=-1)
     best = op("ArgMax", [shares], "best", axis=-1, keepdims=0)
     tokens = op("Gather", [constants["ids"], best], EXIT_TOKENS)
-    axes = _constant("axes", ir.tensor(np.array([-1], np.int64), name="axes"))
+    axes = initialiser(ir.tensor(np.array([-1], np.int64), name="axes"))
     probabilities = op("ReduceMax", [shares, axes], EXIT_PROBABILITIES, keepdims=0)
     for value, dtype in ((tokens, ir.DataType.INT64), (probabilities, ir.DataType.FLOAT)):
         value.type, value.shape = ir.TensorType(dtype), ir.Shape([batch, count])
-    return ir.Graph(
-        [x],
-        [tokens, probabilities],
-        nodes=nodes,
-        initializers=[*constants.values(), axes],
-        opset_imports={"": _OPSET},
-        name="exit",
-    )
-
-
-def _constant(name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    return ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
-    )
+    return written_model([x], [tokens, probabilities], writer.nodes, [*constants.values(), axes], "exit")
 
 
 def _boundary(bundle: Bundle, cut: str) -> TensorSpec:

@@ -22,12 +22,11 @@ from isthmus.artifacts.cuts import layer_cut
 from isthmus.errors import ModelError
 from isthmus_tools.graph.decoder.config import DecoderSource, Precision
 from isthmus_tools.graph.decoder.initialisers import MatrixPart
-from isthmus_tools.graph.decoder.products import MICROSOFT, Products
+from isthmus_tools.graph.decoder.products import Products
+from isthmus_tools.graph.node_writer import MICROSOFT, written_model
 
 IDS, LENGTHS, TOTAL, SCORED, LOGITS = "input_ids", "lengths", "total", "scored", "logits"
 _EMBEDDING = "token_embd.weight"
-_OPSET = 21
-_IR_VERSION = 10
 _Shape: TypeAlias = list[int | ir.SymbolicDim]
 
 
@@ -52,7 +51,7 @@ def write(
         ModelError: a tensor is missing, or has another shape than the configuration says.
         OSError: the files cannot be written.
     """
-    model = ir.Model(_GraphBuilder(decoder, precisions).graph(), ir_version=_IR_VERSION, producer_name="isthmus")
+    model = _GraphBuilder(decoder, precisions).model()
     ir.save(
         model,
         path,
@@ -69,7 +68,7 @@ class _GraphBuilder:
         self._node, self._constant = self._products.node, self._products.constant
         self._batch, self._tokens = ir.SymbolicDim("batch"), ir.SymbolicDim("tokens")
 
-    def graph(self) -> ir.Graph:
+    def model(self) -> ir.Model:
         c = self._config
         ids = _value(IDS, ir.DataType.INT64, [self._batch, self._tokens])
         self._lengths = _value(LENGTHS, ir.DataType.INT32, [self._batch])
@@ -88,14 +87,8 @@ class _GraphBuilder:
                 f"the model has the tensor {unknown[0]}, which decoders of the family {c.family} do not have here",
                 tensors=unknown[:8],
             )
-        return ir.Graph(
-            inputs,
-            [*outputs, logits],
-            nodes=self._products.nodes,
-            initializers=list(self._products.initialisers.values.values()),
-            opset_imports={"": _OPSET, MICROSOFT: 1},
-            name="decoder",
-        )
+        constants = self._products.initialisers.values.values()
+        return written_model(inputs, [*outputs, logits], self._products.nodes, constants, "decoder")
 
     def _embedded(self, ids: ir.Value) -> ir.Value:
         c, precision = self._config, _of_tables(self._precisions[0])

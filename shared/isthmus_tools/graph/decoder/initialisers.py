@@ -18,6 +18,7 @@ import onnx_ir as ir
 from isthmus.arrays import Array
 from isthmus.errors import ModelError
 from isthmus_tools.graph.decoder.config import DecoderWeights
+from isthmus_tools.graph.node_writer import initialiser
 from isthmus_tools.graph.quantise import BLOCK, quantise_blocks
 
 
@@ -126,7 +127,7 @@ class Initialisers:
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: type[Any], read: Callable[[], Array]) -> ir.Value:
         if name not in self.values:
-            kind, sizes = ir.DataType.from_numpy(np.dtype(dtype)), ir.Shape(shape)
-            tensor = ir.LazyTensor(lambda: ir.tensor(read(), name=name), kind, sizes, name=name)
-            self.values[name] = ir.Value(name=name, type=ir.TensorType(kind), shape=sizes, const_value=tensor)
+            kind = ir.DataType.from_numpy(np.dtype(dtype))
+            tensor = ir.LazyTensor(lambda: ir.tensor(read(), name=name), kind, ir.Shape(shape), name=name)
+            self.values[name] = initialiser(tensor)
         return self.values[name]

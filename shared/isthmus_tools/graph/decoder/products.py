@@ -7,7 +7,6 @@ as with float32 activations, and the one kernel whose row does not depend on the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -15,27 +14,20 @@ import onnx_ir as ir
 from isthmus.arrays import Array
 from isthmus_tools.graph.decoder.config import DecoderWeights, Precision
 from isthmus_tools.graph.decoder.initialisers import Initialisers, MatrixPart
+from isthmus_tools.graph.node_writer import NodeWriter
 from isthmus_tools.graph.quantise import BLOCK
 
-MICROSOFT = "com.microsoft"
 _BITS: dict[Precision, int] = {"int8": 8, "int4": 4}
 # The session's own default is that of the runtime, which differs between segments: stated in each node.
 _INT8_ACTIVATIONS = 4
 
 
-class Products:
+class Products(NodeWriter):
     """Appends nodes; `initialisers` are their constants."""
 
     def __init__(self, weights: DecoderWeights) -> None:
+        super().__init__()
         self.initialisers = Initialisers(weights)
-        self.nodes: list[ir.Node] = []
-
-    def node(self, kind: str, inputs: Sequence[ir.Value | None], output: ir.Value | str, **attributes: Any) -> ir.Value:
-        """A node of a single output, of onnxruntime's domain where that alone has the operator."""
-        value = ir.Value(name=output) if isinstance(output, str) else output
-        domain = MICROSOFT if kind in ("MatMulNBits", "GatherBlockQuantized") else ""
-        self.nodes.append(ir.node(kind, inputs, attributes, domain=domain, outputs=[value], name=str(value.name)))
-        return value
 
     def constant(self, name: str, array: Array) -> ir.Value:
         """An array that the graph brings itself."""

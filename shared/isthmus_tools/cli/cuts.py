@@ -132,13 +132,14 @@ def _show_layers(model: str, listed: DecoderCutList, every: bool, as_json: bool)
             }
         )
         return
+    columns = ["layers before", "work before", "weights before", "after", "KV a token before", "after it"]
     # Neighbours differ by one layer: some, evenly spaced, show the trade.
     step = 1 if every else -(-len(listed.cuts) // _SHOWN)
     shown = [cut for cut in listed.cuts if cut.layers % step == 0 or cut.layers == listed.default]
     table(
         f"{len(listed.cuts)} cuts of {Path(model).name}: {c.layers} layers, {c.context:,} tokens of context,"
         f" {listed.token_bytes:,} bytes over any cut per token",
-        ["layers before", "work before", "weights before", "after", "KV a token before", "after it"],
+        columns,
         [
             (
                 f"→ {cut.layers}" if cut.layers == listed.default else cut.layers,
@@ -150,7 +151,7 @@ def _show_layers(model: str, listed: DecoderCutList, every: bool, as_json: bool)
             )
             for cut in shown
         ],
-        numbers=["layers before", "work before", "weights before", "after", "KV a token before", "after it"],
+        numbers=columns,
         drop=["work before", "after it"],
     )
     more = f"; {len(listed.cuts) - len(shown)} more: --all" if len(shown) < len(listed.cuts) else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ from isthmus_tools.cli.options import (
 
 if TYPE_CHECKING:
     from isthmus.artifacts.bundle import Bundle, TextEmbedding
+    from isthmus.artifacts.tensors import TensorSpec
 
 
 def import_model(
@@ -115,10 +117,7 @@ def import_model(
                     "version": version.version,
                     "digest": version.digest,
                     "weights_bytes": bundle.weights.blob.size,
-                    "inputs": [
-                        {"name": s.name, "dtype": s.dtype, "shape": list(s.shape)}
-                        for s in bundle.carried(bundle.inputs)
-                    ],
+                    "inputs": tensor_documents(bundle.carried(bundle.inputs)),
                     "segments": sorted(bundle.segments),
                     "default_cuts": list(bundle.default_cuts),
                     "language": language.document() if language is not None else None,
@@ -146,6 +145,11 @@ def import_model(
             say(f"cut at {default}, the narrowest; isthmus cuts lists others, isthmus cut takes one")
         show_publication(publication, registry)
         warn(findings(bundle))
+
+
+def tensor_documents(specs: Iterable[TensorSpec]) -> list[dict[str, Any]]:
+    """Tensors as JSON."""
+    return [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in specs]
 
 
 def embedding_text(embedding: TextEmbedding) -> str:

@@ -9,12 +9,11 @@ import typer
 from isthmus.units import format_size
 from isthmus_tools.cli.completion import complete_models
 from isthmus_tools.cli.console import errors, print_json, say, say_command, table
-from isthmus_tools.cli.importing import embedding_text
+from isthmus_tools.cli.importing import embedding_text, tensor_documents
 from isthmus_tools.cli.models import cuts_text
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
 if TYPE_CHECKING:
-    from isthmus.artifacts.tensors import TensorSpec
     from isthmus_tools.usecases.versions import VersionSummary
 
 
@@ -74,17 +73,13 @@ def _document(version: VersionSummary) -> dict[str, Any]:
         "serves": version.serves,
         "weights_bytes": bundle.weights.blob.size,
         "language": version.language.document() if version.language is not None else None,
-        "inputs": [_tensor(s) for s in bundle.carried(bundle.inputs)],
-        "outputs": [_tensor(s) for s in bundle.carried(bundle.outputs)],
+        "inputs": tensor_documents(bundle.carried(bundle.inputs)),
+        "outputs": tensor_documents(bundle.carried(bundle.outputs)),
         "cuts": sorted(bundle.cuts),
         "default_cuts": list(bundle.default_cuts),
         "calibrated": list(version.calibrated),
         "plan": version.plan,
     }
-
-
-def _tensor(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
 
 
 def _show(version: VersionSummary) -> None:

@@ -36,12 +36,11 @@ def initialiser(tensor: ir.TensorProtocol) -> ir.Value:
 def written_model(
     inputs: Sequence[ir.Value],
     outputs: Sequence[ir.Value],
-    nodes: Iterable[ir.Node],
+    nodes: Sequence[ir.Node],
     initialisers: Iterable[ir.Value],
     name: str,
 ) -> ir.Model:
     """The model of a graph."""
-    nodes = list(nodes)
     opsets = {"": _OPSET} | ({MICROSOFT: 1} if any(node.domain == MICROSOFT for node in nodes) else {})
     graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=list(initialisers), opset_imports=opsets, name=name)
     return ir.Model(graph, ir_version=_IR_VERSION, producer_name="isthmus")

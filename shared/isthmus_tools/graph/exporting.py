@@ -1,4 +1,4 @@
-"""What exports of other frameworks share: their errors, their output, and factories of the user's own code."""
+"""What imports of other formats share: errors, output, files of a folder, and factories of the user's own code."""
 
 from __future__ import annotations
 
@@ -119,6 +119,20 @@ def no_factory(spec: str, reason: str, missing: str = "") -> ModelError:
 def install(extra: str) -> str:
     """The hint that installs an extra."""
     return f'pip install "isthmus_tools[{extra}]"'
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The content of a small file of a model's folder.
+
+    Raises:
+        ModelError: the file cannot be read, or has more than `limit` bytes.
+    """
+    try:
+        if path.stat().st_size > limit:
+            raise ModelError(f"{path} has more than {limit} bytes", file=str(path))
+        return path.read_bytes()
+    except OSError as e:
+        raise ModelError(f"{path} cannot be read: {e.strerror}", file=str(path)) from e
 
 
 def missing_package(model: str, package: str, extra: str) -> ModelError:

@@ -15,7 +15,7 @@ import numpy as np
 from isthmus.arrays import Array
 from isthmus.errors import ModelError
 from isthmus_tools.graph.decoder.config import DecoderConfig, DecoderSource, Family, llama3_factors
-from isthmus_tools.graph.exporting import missing_package
+from isthmus_tools.graph.exporting import missing_package, read_bounded
 
 _FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": "llama",
@@ -285,10 +285,8 @@ def _tokens(value: Any) -> tuple[int, ...]:
 
 def _read_json(path: Path, limit: int) -> dict[str, Any]:
     try:
-        if path.stat().st_size > limit:
-            raise ModelError(f"{path} has more than {limit} bytes", file=str(path))
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as e:
+        document = json.loads(read_bounded(path, limit))
+    except (ValueError, RecursionError) as e:
         raise ModelError(f"{path} cannot be read: {e}", file=str(path)) from e
     if not isinstance(document, dict):
         raise ModelError(f"{path} holds no JSON object", file=str(path))

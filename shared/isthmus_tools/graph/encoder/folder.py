@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 
 from isthmus.arrays import Array
 from isthmus.errors import ModelError
-from isthmus_tools.graph.exporting import missing_package
+from isthmus_tools.graph.exporting import missing_package, read_bounded
 
 Pooling: TypeAlias = Literal["cls", "max", "mean"]
 MODULES = "modules.json"
@@ -150,7 +150,7 @@ def read_encoder(model: str) -> EncoderSource | None:
         _pooling(model, pooling),
         normalized=len(kinds) == 3,
         max_tokens=min(positions, length or positions),
-        tokenizer=_bytes(root / "tokenizer.json", _MAX_TOKENIZER_BYTES),
+        tokenizer=read_bounded(root / "tokenizer.json", _MAX_TOKENIZER_BYTES),
     )
 
 
@@ -186,15 +186,6 @@ def _pooling(model: str, config: _PoolingConfig) -> Pooling:
 
 def _read(path: Path, kind: type[Document]) -> Document:
     try:
-        return msgspec.json.decode(_bytes(path, _MAX_JSON_BYTES), type=kind)
+        return msgspec.json.decode(read_bounded(path, _MAX_JSON_BYTES), type=kind)
     except (msgspec.DecodeError, RecursionError) as e:
         raise ModelError(f"{path} cannot be read: {e}", file=str(path)) from e
-
-
-def _bytes(path: Path, limit: int) -> bytes:
-    try:
-        if path.stat().st_size > limit:
-            raise ModelError(f"{path} has more than {limit} bytes", file=str(path))
-        return path.read_bytes()
-    except OSError as e:
-        raise ModelError(f"{path} cannot be read: {e.strerror}", file=str(path)) from e

@@ -13,14 +13,12 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from msgspec import UNSET, structs
+from msgspec import structs
 
-from isthmus.arrays import Array, supplied_inputs
+from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle, digest_of
 from isthmus.artifacts.cuts import layer_cut, layer_numbers
 from isthmus.artifacts.segment_id import partition_ids
-from isthmus.artifacts.state import State, StatePair
-from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import CutError, ModelError
 from isthmus_tools.graph import weights as weights_file
 from isthmus_tools.graph.cuts import CutInfo, cut_at
@@ -29,13 +27,11 @@ from isthmus_tools.graph.decoder.config import DecoderSource, layer_precisions
 from isthmus_tools.graph.decoder.rehearsal import StepRehearsal
 from isthmus_tools.graph.decoder.text_model import text_model
 from isthmus_tools.graph.extract import check_order, extract, partition
-from isthmus_tools.graph.model import Model, open_model
+from isthmus_tools.graph.model import Model
 from isthmus_tools.progress import Progress, silent
 
 # Fusions differ between the whole graph and its segments; measured for SmolLM2 at 7e-5 of logits up to 32.
 _EXACT = 1e-4
-# Sizes of the example that bytes and work are counted for; 1 could be taken for a constant.
-_TOKENS, _PAST = 5, 3
 
 
 def build_decoder(
@@ -62,7 +58,7 @@ def build_decoder(
     text, tokenizer = text_model(decoder, graph.LOGITS)
     precisions = layer_precisions(weights, partitions[0], c)
     out.mkdir(parents=True, exist_ok=True)
-    state = _state(decoder)
+    state = graph.declared_state(c)
     with tempfile.TemporaryDirectory(prefix="isthmus-", dir=out) as folder:
         progress(f"writing the graph of {name}")
         graph.write(
@@ -71,7 +67,7 @@ def build_decoder(
             path := Path(folder) / "decoder.onnx",
             lambda done, total: progress("tensors", done, total),
         )
-        model = _opened(path, state, c.width, c.vocabulary, (c.kv_heads, c.head_size))
+        model = graph.opened(path, state, c.width, c.vocabulary, (c.kv_heads, c.head_size))
         stored = weights_file.write(
             model.initialisers(), out / weights_file.LOCATION, lambda done, total: progress("weights", done, total)
         )
@@ -123,30 +119,15 @@ def add_layer_cuts(
     partitions = [layer_numbers(text, len(bundle.state.pairs) // 2) for text in cuts]
     # Read from the manifest: the file that the model was imported from may be gone.
     (width, vocabulary) = (int(spec.shape[-1]) for spec in (bundle.cut_list[0].tensors[0], bundle.outputs[-1]))
-    model = _opened(whole, bundle.state, width, vocabulary, (int(past.shape[1]), int(past.shape[3])), normalise=False)
+    model = graph.opened(
+        whole, bundle.state, width, vocabulary, (int(past.shape[1]), int(past.shape[3])), normalise=False
+    )
     out.mkdir(parents=True, exist_ok=True)
     rehearsal = StepRehearsal(bundle.state, model.specs[graph.LOGITS], whole.parent)
     extended, files = _cut(bundle, model, partitions, out, rehearsal, progress)
     if default and partitions:
         extended = structs.replace(extended, default_cuts=_names(partitions[0]))
     return extended if extended == bundle else structs.replace(extended, plan=None), files
-
-
-def _opened(
-    path: Path, state: State, width: int, vocabulary: int, head: tuple[int, int], *, normalise: bool = True
-) -> Model:
-    """The decoder's graph; `head` are the heads of keys and values, and their size."""
-    model = open_model(path, examples=_examples(state, *head), state=state, normalise=normalise)
-    # ONNX's shape inference ends at GroupQueryAttention: sizes that the import knows complete the specs.
-    rows = ("batch", "tokens")
-    present = ("batch", head[0], "present", head[1])
-    specs = {name: TensorSpec(name, "float32", present) for name in state.outputs}
-    for layer in range(1, len(state.pairs) // 2):
-        specs[layer_cut(layer)] = TensorSpec(layer_cut(layer), "float32", (*rows, width))
-    # Bundles without the input score all positions.
-    scored = "tokens" if state.scored is UNSET else graph.SCORED
-    specs[graph.LOGITS] = TensorSpec(graph.LOGITS, "float32", ("batch", scored, vocabulary))
-    return replace(model, specs={**model.specs, **specs})
 
 
 def _cut(
@@ -192,25 +173,11 @@ def _cut(
 def _cut_info(model: Model, layer: int) -> CutInfo:
     """The cut behind the first `layer` layers; its bytes are those of a token, and it has no position but the layer."""
     cut = cut_at(model, [layer_cut(layer)], layer_cut(layer))
-    return replace(cut, bytes=cut.bytes // _TOKENS, position=None)
+    return replace(cut, bytes=cut.bytes // graph.EXAMPLE_TOKENS, position=None)
 
 
 def _names(layers: Sequence[int]) -> tuple[str, ...]:
     return tuple(layer_cut(layer) for layer in layers)
-
-
-def _state(decoder: DecoderSource) -> State:
-    pairs = tuple(StatePair(past, present) for past, present in graph.state_pairs(decoder.config.layers))
-    return State(pairs, graph.IDS, graph.LENGTHS, graph.TOTAL, decoder.config.context, scored=graph.SCORED)
-
-
-def _examples(state: State, kv_heads: int, head_size: int) -> dict[str, Array]:
-    past = np.zeros((1, kv_heads, _PAST, head_size), np.float32)
-    return {
-        state.tokens: np.zeros((1, _TOKENS), np.int64),
-        **supplied_inputs(state, np.array([_PAST + _TOKENS - 1], np.int32), _TOKENS),
-        **{pair.past: past for pair in state.pairs},
-    }
 
 
 def _store(out: Path, data: bytes, suffix: str) -> Path:

@@ -11,28 +11,37 @@ Radford et al., 2019 (GPT-2).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
+from msgspec import UNSET
 
-from isthmus.arrays import Array
+from isthmus.arrays import Array, supplied_inputs
 from isthmus.artifacts.cuts import layer_cut
+from isthmus.artifacts.state import State, StatePair
+from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import ModelError
-from isthmus_tools.graph.decoder.config import DecoderSource, Precision
+from isthmus_tools.graph.decoder.config import DecoderConfig, DecoderSource, Precision
 from isthmus_tools.graph.decoder.initialisers import MatrixPart
 from isthmus_tools.graph.decoder.products import Products
+from isthmus_tools.graph.model import Model, open_model
 from isthmus_tools.graph.node_writer import MICROSOFT, written_model
 
 IDS, LENGTHS, TOTAL, SCORED, LOGITS = "input_ids", "lengths", "total", "scored", "logits"
 _EMBEDDING = "token_embd.weight"
+# Sizes of the example that bytes and work are counted for; 1 could be taken for a constant.
+EXAMPLE_TOKENS, _EXAMPLE_PAST = 5, 3
 _Shape: TypeAlias = list[int | ir.SymbolicDim]
 
 
-def state_pairs(layers: int) -> list[tuple[str, str]]:
-    """The names of the state: each input with past keys or values, and the output that extends it."""
-    return [(f"past_{kind}.{i}", f"present_{kind}.{i}") for i in range(layers) for kind in ("key", "value")]
+def declared_state(config: DecoderConfig) -> State:
+    """The state that the graph of such a decoder declares."""
+    kinds = [(kind, layer) for layer in range(config.layers) for kind in ("key", "value")]
+    pairs = tuple(StatePair(f"past_{kind}.{i}", f"present_{kind}.{i}") for kind, i in kinds)
+    return State(pairs, IDS, LENGTHS, TOTAL, config.context, scored=SCORED)
 
 
 def write(
@@ -59,6 +68,27 @@ def write(
         size_threshold_bytes=1024,
         callback=lambda tensor, info: progress(info.index + 1, info.total),
     )
+
+
+def opened(
+    path: Path, state: State, width: int, vocabulary: int, head: tuple[int, int], *, normalise: bool = True
+) -> Model:
+    """A written graph; `head` are the heads of keys and values, and their size.
+
+    Raises:
+        ModelError: the graph cannot be read.
+    """
+    model = open_model(path, examples=_examples(state, *head), state=state, normalise=normalise)
+    # ONNX's shape inference ends at GroupQueryAttention: sizes that the import knows complete the specs.
+    rows = ("batch", "tokens")
+    present = ("batch", head[0], "present", head[1])
+    specs = {name: TensorSpec(name, "float32", present) for name in state.outputs}
+    for layer in range(1, len(state.pairs) // 2):
+        specs[layer_cut(layer)] = TensorSpec(layer_cut(layer), "float32", (*rows, width))
+    # Bundles without the input score all positions.
+    scored = "tokens" if state.scored is UNSET else SCORED
+    specs[LOGITS] = TensorSpec(LOGITS, "float32", ("batch", scored, vocabulary))
+    return replace(model, specs={**model.specs, **specs})
 
 
 class _GraphBuilder:
@@ -206,6 +236,15 @@ class _GraphBuilder:
         if c.rope_factors:
             frequencies /= np.array(c.rope_factors)
         return self._constant(name, function(np.outer(np.arange(c.context), frequencies)).astype(np.float32))
+
+
+def _examples(state: State, kv_heads: int, head_size: int) -> dict[str, Array]:
+    past = np.zeros((1, kv_heads, _EXAMPLE_PAST, head_size), np.float32)
+    return {
+        state.tokens: np.zeros((1, EXAMPLE_TOKENS), np.int64),
+        **supplied_inputs(state, np.array([_EXAMPLE_PAST + EXAMPLE_TOKENS - 1], np.int32), EXAMPLE_TOKENS),
+        **{pair.past: past for pair in state.pairs},
+    }
 
 
 def _of_tables(precision: Precision) -> Precision:

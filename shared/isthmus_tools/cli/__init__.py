@@ -36,6 +36,7 @@ COMMANDS = {
     "rollback": "Move an alias back to the version that it meant before; once more goes further back.",
     "rm": "Remove a version that no alias means; its content goes with the next `isthmus gc`.",
     "gc": "List content of the registry that no version reaches: of removed versions, tried plans, killed publishes.",
+    "audit": "List who changed what in a registry; with --verify, check the chain of entries.",
     "chat": "Talk with a language model: tokens as they come, then their rate, bytes over the link, and each layer's"
     " place.",
     "infer": "Classify photos, or run tensors through a model.",

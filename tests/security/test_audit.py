@@ -12,7 +12,7 @@ import pytest
 
 from isthmus.errors import RegistryError
 from isthmus.registry import BlobStore, FolderStore, S3Store
-from isthmus.security.audit import AuditLog, ChainCheck, Checkpoint, local_user
+from isthmus.security.audit import AuditLog, ChainCheck, ChainMark, local_user
 from support.moto_server import KEY_ID, REGION, SECRET
 from support.moto_server import moto_endpoint as moto_endpoint
 from support.s3_server import PATIENCE
@@ -67,7 +67,7 @@ def test_entries_come_back_in_their_order_and_the_chain_verifies(store: BlobStor
 def test_an_empty_log_verifies(store: BlobStore) -> None:
     log = log_of(store)
     store.put("models/m/versions/1", b"x")
-    assert log.verify() == ChainCheck(Checkpoint(), None)
+    assert log.verify() == ChainCheck(ChainMark(), None)
     assert list(log.entries()) == []
 
 
@@ -208,11 +208,11 @@ def test_an_entry_has_a_bound(folder: FolderStore) -> None:
 
 
 def test_a_checkpoint_is_read_as_it_is_written() -> None:
-    checkpoint = Checkpoint(41, "sha256:" + "ab" * 32)
-    assert Checkpoint.parse(str(checkpoint)) == checkpoint
-    assert Checkpoint.parse("41:sha256:" + "ab" * 32) == checkpoint
+    checkpoint = ChainMark(41, "sha256:" + "ab" * 32)
+    assert ChainMark.parse(str(checkpoint)) == checkpoint
+    assert ChainMark.parse("41:sha256:" + "ab" * 32) == checkpoint
     for text in ("", "41", "x@sha256:" + "ab" * 32, "41@sha256:ab"):
-        assert Checkpoint.parse(text) is None
+        assert ChainMark.parse(text) is None
 
 
 def test_the_user_of_a_command_has_a_name_and_a_machine() -> None:

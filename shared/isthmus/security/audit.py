@@ -85,14 +85,14 @@ class AuditEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ChainMark:
     """A number of entries and the digest of the last of them; whoever keeps one elsewhere notices what is cut off."""
 
     number: int = 0
     digest: str = FIRST_PREVIOUS
 
     @classmethod
-    def parse(cls, text: str) -> Checkpoint | None:
+    def parse(cls, text: str) -> ChainMark | None:
         """Of `NUMBER sha256:HEX`, or with a colon or an at sign between; None for any other text."""
         match = _HEAD_TEXT.fullmatch(re.sub("[:@](?=sha256:)", " ", text.strip()))
         return None if match is None else cls(int(match[1]), match[2])
@@ -113,7 +113,7 @@ class ChainBreak:
 class ChainCheck:
     """The end of the verified part of the chain, and where it breaks; None where every entry follows."""
 
-    verified: Checkpoint
+    verified: ChainMark
     broken: ChainBreak | None
 
 
@@ -140,7 +140,7 @@ class AuditLog:
             if self._store.put_if_absent(_key(entry.number), data):
                 break
             # Another writer was first: its entry is the one before ours.
-            last = Checkpoint(entry.number, _digest(self._read(entry.number)))
+            last = ChainMark(entry.number, _digest(self._read(entry.number)))
         # Behind by some entries where writers overtake one another: the loop above walks on from there. Not written by
         # a killed writer: the next one walks on likewise.
         head = f"{entry.number} {_digest(data)}".encode()
@@ -167,7 +167,7 @@ class AuditLog:
                 )
             yield entry
 
-    def verify(self, checkpoint: Checkpoint | None = None) -> ChainCheck:
+    def verify(self, checkpoint: ChainMark | None = None) -> ChainCheck:
         """Whether every entry follows the one before, through `audit/head` and `checkpoint`.
 
         Entries that were cut off at the end together with the head show by a checkpoint alone, and so does a chain
@@ -175,13 +175,13 @@ class AuditLog:
         """
         # Read before the entries: the head of a writer under way names an entry that is there already.
         marks = {mark.number: mark for mark in (self._head(), checkpoint) if mark is not None}
-        end = Checkpoint()
+        end = ChainMark()
         for number, data in self._contents(self._numbers()):
             if number != end.number + 1:
                 return ChainCheck(end, ChainBreak(end.number + 1, "it is missing"))
             if reason := _fault(number, data, end):
                 return ChainCheck(end, ChainBreak(number, reason))
-            entry = Checkpoint(number, _digest(data))
+            entry = ChainMark(number, _digest(data))
             if number in marks and marks[number] != entry:
                 return ChainCheck(end, ChainBreak(number, "it was altered: its digest was another"))
             end = entry
@@ -189,19 +189,19 @@ class AuditLog:
             return ChainCheck(end, ChainBreak(end.number + 1, f"it is missing: there were {known} entries"))
         return ChainCheck(end, None)
 
-    def _last(self) -> Checkpoint:
+    def _last(self) -> ChainMark:
         """Where to append. After lost entries still behind the head, so that the loss stays visible."""
         if (head := self._head()) is not None:
             return head
         numbers = self._numbers()
-        return Checkpoint(numbers[-1], _digest(self._read(numbers[-1]))) if numbers else Checkpoint()
+        return ChainMark(numbers[-1], _digest(self._read(numbers[-1]))) if numbers else ChainMark()
 
-    def _head(self) -> Checkpoint | None:
+    def _head(self) -> ChainMark | None:
         try:
             data = self._retry(lambda: self._store.get(_HEAD, max_bytes=_MAX_HEAD_BYTES))
         except Missing:
             return None
-        return Checkpoint.parse(data.decode("ascii", "replace"))
+        return ChainMark.parse(data.decode("ascii", "replace"))
 
     def _numbers(self) -> list[int]:
         names = [key.removeprefix(_PREFIX) for key in self._store.list(_PREFIX)]
@@ -231,7 +231,7 @@ def local_user() -> str:
     return f"{name}@{socket.gethostname()}"[:200]
 
 
-def _entry(last: Checkpoint, who: str, what: str, facts: Mapping[str, Any]) -> AuditEntry:
+def _entry(last: ChainMark, who: str, what: str, facts: Mapping[str, Any]) -> AuditEntry:
     return AuditEntry(
         schema=SCHEMA,
         number=last.number + 1,
@@ -244,7 +244,7 @@ def _entry(last: Checkpoint, who: str, what: str, facts: Mapping[str, Any]) -> A
     )
 
 
-def _fault(number: int, data: bytes, before: Checkpoint) -> str:
+def _fault(number: int, data: bytes, before: ChainMark) -> str:
     """What shows that the entry does not follow; empty where it does."""
     if (entry := _parsed(data)) is None:
         return "it is unreadable"

@@ -9,7 +9,7 @@ import msgspec
 
 from isthmus.errors import RequestMalformed
 from isthmus.registry import open_registry
-from isthmus.security.audit import AuditEntry, AuditLog, ChainCheck, Checkpoint
+from isthmus.security.audit import AuditEntry, AuditLog, ChainCheck, ChainMark
 from isthmus.settings import RegistrySettings
 
 
@@ -65,10 +65,10 @@ def read_audit(request: AuditRequest) -> AuditResult:
     return AuditResult(tuple(log.entries(after=max(0, count - request.last))), count, None)
 
 
-def _checkpoint(text: str) -> Checkpoint | None:
+def _checkpoint(text: str) -> ChainMark | None:
     if not text:
         return None
-    if (checkpoint := Checkpoint.parse(text)) is None:
+    if (checkpoint := ChainMark.parse(text)) is None:
         raise RequestMalformed(
             f"{text[:100]!r} is no checkpoint", hint="isthmus audit --verify prints one: NUMBER@sha256:HEX"
         )

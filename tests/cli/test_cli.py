@@ -34,6 +34,7 @@ COMMANDS = [
     "models",
     "show",
     "alias",
+    "audit",
     "rollback",
     "rm",
     "gc",

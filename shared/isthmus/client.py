@@ -26,6 +26,7 @@ from isthmus.errors import (
     HopRejected,
     HopTimeout,
     HopUnavailable,
+    HopUntrusted,
     IsthmusError,
     Missing,
     Overloaded,
@@ -39,9 +40,11 @@ from isthmus.http.pool import (
     ErrorStatus,
     Response,
     ResponseTooLong,
+    TlsFailed,
     Unreachable,
     is_url,
 )
+from isthmus.http.tls import TlsTrust
 from isthmus.oip import messages as oip
 from isthmus.oip.tensor import datatype_of, from_binary, shape_of
 from isthmus.wire.frame import DTYPES
@@ -74,20 +77,21 @@ class Prediction:
 class Client:
     """Calls the router at `url`, e.g. http://127.0.0.1:8080/function/router.
 
-    Units: timeout_s, in seconds, bounds each call and is sent as X-Timeout.
+    Units: timeout_s, in seconds, bounds each call and is sent as X-Timeout. Of an https URL `trust` says which CAs
+    vouch for it, and which certificate it is shown; by default the system's, and none.
 
     Raises:
         RequestMalformed: not an http or https URL.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 30.0) -> None:
+    def __init__(self, url: str, *, timeout_s: float = 30.0, trust: TlsTrust | None = None) -> None:
         if not is_url(url):
             raise RequestMalformed(
                 f"{url!r} is no URL of a function", hint="a URL is such as http://127.0.0.1:8080/function/router"
             )
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
-        self._pool = ConnectionPool(self.url, connect_timeout_s=min(_CONNECT_TIMEOUT_S, timeout_s))
+        self._pool = ConnectionPool(self.url, connect_timeout_s=min(_CONNECT_TIMEOUT_S, timeout_s), trust=trust)
 
     def photo(self, data: bytes, *, model: str = "", top_k: int | None = None) -> dict[str, Any]:
         """Classify a photo: the router's response with classes, route and timings.
@@ -316,6 +320,11 @@ class Client:
             yield
         except TimeoutError as e:
             raise HopTimeout(f"{self.url} did not answer within {self._timeout_s:g} s", hop=self.url) from e
+        except TlsFailed as e:
+            problem = e.problem
+            raise HopUntrusted(
+                f"{self.url} is not called: {problem.text}", hint=problem.hint, hop=self.url, reason=problem.reason
+            ) from e
         except Unreachable as e:
             raise HopUnavailable(
                 f"{self.url} cannot be reached: {e}",

@@ -245,6 +245,15 @@ class HopUnavailable(HopError):
     public_message = "a function that the model needs cannot be reached; try again"
 
 
+class HopUntrusted(HopUnavailable):
+    """TLS with the hop failed: one side does not trust the other's certificate; never retried.
+
+    Facts: `reason` (`unknown_ca`, `wrong_host`, `expired`, `certificate_demanded`, …), as docs/how-to/tls.md lists.
+    """
+
+    public_message = "a function that the model needs cannot be reached safely; the function's log says why"
+
+
 class HopBusy(HopError):
     """The hop was at its concurrency limit, and retries are exhausted."""
 
@@ -384,6 +393,8 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     # 503, not Missing's 404: the share may be mounted later, and the model exists.
     RegistryMissing: 503,
     HopUnavailable: 503,
+    # Unlike HopUnavailable: a certificate does not mend itself, so callers need not come back soon.
+    HopUntrusted: 502,
     # The hop's own status, so that the caller's back-off applies to the whole chain.
     HopBusy: 429,
     HopRejected: 502,

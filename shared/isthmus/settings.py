@@ -201,6 +201,19 @@ class RegistrySettings(EnvSettings):
         "folder of OpenFaaS secrets; source of s3-access-key-id, s3-secret-access-key and hop-keys, if present",
         "/var/openfaas/secrets",
     )
+    hop_ca: str = setting(
+        "file of CA certificates in PEM that alone vouch for https hops; empty means the secret hop-ca, or without"
+        " that the system's CAs",
+        "",
+    )
+    hop_client_cert: str = setting(
+        "file of a certificate in PEM that https hops are shown; empty means the secret hop-client-cert, if present", ""
+    )
+    hop_client_key: str = setting(
+        "file of that certificate's key, without a passphrase; empty means the secret hop-client-key, or the"
+        " certificate's own file",
+        "",
+    )
     cache_dir: str = setting(
         "folder of the cache of segments and weights; functions write nowhere else",
         "/tmp/isthmus",  # noqa: S108 - in a container of its own

@@ -75,6 +75,8 @@ WRONG = {
         NATS + 'url = "nats://a:4222,b"',
         'kind = "mqtt"\ntopic = "a"\nurl = "127.0.0.1:1883"',
         'kind = "redis"\nstream = "a"\nurl = "127.0.0.1"',
+        'kind = "redis"\nstream = "a"\nurl = "rediss://a?ssl_cert_reqs=none"',
+        'kind = "redis"\nstream = "a"\nurl = "rediss://a?db=1&ssl_check_hostname=false"',
     ],
     "source.subject": [f'kind = "nats"\nsubject = "{s}"' for s in ("a..b", "two words", "a.b*", "a.>.b", "a>", ".")],
     "source.durable": [NATS + 'durable = "a.b"', NATS + 'durable = "a b"'],

@@ -23,6 +23,7 @@ from isthmus.events.route import RouterRoute
 from isthmus.events.spool import EventSpool
 from isthmus.events.stores.open import open_claims, open_records
 from isthmus.events.trigger import Trigger, TriggerParts
+from isthmus.http.tls import open_trust
 from isthmus.settings import RegistrySettings
 
 
@@ -55,7 +56,7 @@ def open_trigger(
         spool = None if table is None else EventSpool(table.folder, table.max_bytes)
         if spool is not None:
             opened.callback(spool.close)
-        name, route = trigger_name(configuration), RouterRoute(configuration.router)
+        name, route = trigger_name(configuration), RouterRoute(configuration.router, open_trust(settings))
         consumer = open_consumer(configuration.source, settings)
         parts = TriggerParts(
             consumer=consumer,

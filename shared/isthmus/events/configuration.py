@@ -309,6 +309,12 @@ def _broker_rules(table: str, place: Any) -> list[tuple[bool, str, str]]:
                     f"{table}.url",
                     "is not redis://HOST:PORT/DATABASE or rediss://HOST:PORT/DATABASE",
                 ),
+                # redis-py takes these from a URL, where nobody looks for them.
+                (
+                    not re.search(r"[?&]ssl_(cert_reqs|check_hostname)=", place.url),
+                    f"{table}.url",
+                    "turns the verification of certificates off or changes it; give the CA by SSL_CERT_FILE",
+                ),
                 (place.claim_after >= 1, f"{table}.claim_after", "is less than 1s"),
             ]
         case SqsPlace():

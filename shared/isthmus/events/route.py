@@ -20,6 +20,7 @@ from isthmus.http.pool import (
     Unreachable,
     retry_after_seconds,
 )
+from isthmus.http.tls import TlsTrust
 
 MAX_RESULT_BYTES = 256 * 2**20
 """A larger response is an error of the message: no place takes it."""
@@ -69,11 +70,12 @@ class RouterReply:
 class RouterRoute:
     """Sends messages to the router of the configuration; any thread may call."""
 
-    def __init__(self, table: RouterTable) -> None:
+    def __init__(self, table: RouterTable, trust: TlsTrust | None = None) -> None:
         self.url = table.url
         self._timeout_s = float(table.timeout)
         self._query = f"model={quote(table.model, safe=':')}" if table.model else ""
-        self._pool = ConnectionPool(table.url, connect_timeout_s=min(_CONNECT_TIMEOUT_S, self._timeout_s))
+        connect_s = min(_CONNECT_TIMEOUT_S, self._timeout_s)
+        self._pool = ConnectionPool(table.url, connect_timeout_s=connect_s, trust=trust)
 
     def call(self, message: Message, wait_s: int | None = None) -> RouterReply:
         """POST the message, a continuation to /continue; every failure is a reply.

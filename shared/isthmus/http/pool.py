@@ -24,6 +24,7 @@ from urllib.parse import quote, urlsplit
 from isthmus.context import Abandonment, Deadline
 from isthmus.http.addresses import Address
 from isthmus.http.sockets import AddressRefused, connect
+from isthmus.http.tls import TlsProblem, TlsTrust, problem_of
 
 MAX_IDLE = 64
 # Status line and headers, 1xx responses included; http.client alone takes 100 lines of 64 KiB each.
@@ -87,6 +88,14 @@ class Unreachable(Exception):
     """No connection could be made."""
 
 
+class TlsFailed(Unreachable):
+    """The two sides do not trust each other's certificates: the handshake failed, or ended in an alert."""
+
+    def __init__(self, problem: TlsProblem) -> None:
+        super().__init__(problem.text)
+        self.problem = problem
+
+
 class ResponseTooLong(Exception):
     """A response with status 200 exceeded its bound; the rest was not read."""
 
@@ -133,12 +142,20 @@ class Response:
 class ConnectionPool:
     """Connections to `url`, kept alive between requests; any thread may post, each on a connection of its own.
 
-    With `permits`, connections are made to addresses for which it is true alone.
+    With `permits`, connections are made to addresses for which it is true alone. An https URL has the system's CAs and
+    no client certificate, unless `trust` says otherwise.
     """
 
-    def __init__(self, url: str, *, connect_timeout_s: float, permits: Callable[[Address], bool] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        connect_timeout_s: float,
+        permits: Callable[[Address], bool] | None = None,
+        trust: TlsTrust | None = None,
+    ) -> None:
         parts = urlsplit(url)
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._tls = (trust or TlsTrust()) if parts.scheme == "https" else None
         self._address = (parts.hostname or "", parts.port or (443 if self._tls else 80))
         self._path, self._query = parts.path.rstrip("/"), parts.query
         self._host = parts.netloc.rpartition("@")[2]
@@ -170,6 +187,7 @@ class ConnectionPool:
         Raises:
             AddressRefused: the host has no permitted address.
             Unreachable: no connection could be made.
+            TlsFailed: that, since one side does not trust the other.
             TimeoutError: the deadline passed while sending or reading.
             ResponseTooLong: status 200, and more than max_bytes.
             BrokenOff: the connection broke, or the response is not HTTP.
@@ -194,7 +212,7 @@ class ConnectionPool:
                 raise
             except (OSError, http.client.HTTPException) as e:
                 if idle is None or timed.received or (abandonment is not None and abandonment.is_abandoned):
-                    raise _broken_off(e) from e
+                    raise _failure(e) from e
                 # Else the peer closed the idle connection; the next is tried.
             finally:
                 if keeps and len(self._idle) < MAX_IDLE:
@@ -238,7 +256,7 @@ class ConnectionPool:
         except TimeoutError:
             raise
         except (OSError, http.client.HTTPException) as e:
-            raise _broken_off(e) from e
+            raise _failure(e) from e
         finally:
             sock.close()
 
@@ -256,7 +274,7 @@ class ConnectionPool:
         except TimeoutError:
             raise
         except (OSError, http.client.HTTPException) as e:
-            raise BrokenOff(str(e)[:200]) from e
+            raise _failure(e) from e
         finally:
             sock.close()
 
@@ -279,17 +297,22 @@ class ConnectionPool:
                 return None
             poll = select.poll()
             poll.register(sock, select.POLLIN)
-            if not poll.poll(0):
+            # A connection of replaced certificates is not used again: its peer may be one that nobody trusts any more.
+            is_current = self._tls is None or (isinstance(sock, ssl.SSLSocket) and sock.context is self._tls.context())
+            if is_current and not poll.poll(0):
                 return sock
             sock.close()
 
     def _connect(self, deadline: Deadline) -> socket.socket:
         timeout_s = max(0.001, min(self._connect_timeout_s, deadline.remaining()))
         try:
-            return connect(*self._address, timeout_s=timeout_s, tls=self._tls, permits=self._permits)
+            tls = self._tls.context() if self._tls is not None else None
+            return connect(*self._address, timeout_s=timeout_s, tls=tls, permits=self._permits)
         except AddressRefused:
             raise
         except OSError as e:
+            if problem := problem_of(e):
+                raise TlsFailed(problem) from e
             raise Unreachable(e.strerror or str(e) or "it took too long") from e
 
 
@@ -385,7 +408,10 @@ class _FinalResponse(http.client.HTTPResponse):
         raise http.client.HTTPException(f"{self.status} came in place of a response")
 
 
-def _broken_off(error: OSError | http.client.HTTPException) -> BrokenOff:
+def _failure(error: OSError | http.client.HTTPException) -> TlsFailed | BrokenOff:
+    # In TLS 1.3 the server judges the client's certificate after the client's handshake has ended.
+    if isinstance(error, OSError) and (problem := problem_of(error)):
+        return TlsFailed(problem)
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return BrokenOff(reason[:200])
 

@@ -15,6 +15,7 @@ A route from a cut takes all tensors at hand and uses the inputs of its segments
 `result.outputs`. `LocalHop` takes a `SegmentStore` or any object with its `run`.
 """
 
+from isthmus.http.tls import TlsTrust
 from isthmus.pipeline.closer_looks import LookPolicy, LooksTaken
 from isthmus.pipeline.execution import Interruption, Result, SegmentRun, encode_tensors, execute, execute_resumably
 from isthmus.pipeline.hop import (
@@ -48,6 +49,7 @@ __all__ = [
     "SegmentRun",
     "ServedTimes",
     "SessionHop",
+    "TlsTrust",
     "encode_tensors",
     "execute",
     "execute_resumably",

@@ -30,6 +30,7 @@ from isthmus.errors import (
     HopRejected,
     HopTimeout,
     HopUnavailable,
+    HopUntrusted,
     IsthmusError,
     MemoryInUse,
     SegmentTooLarge,
@@ -45,11 +46,13 @@ from isthmus.http.pool import (
     ExchangeTimes,
     Response,
     ResponseTooLong,
+    TlsFailed,
     Unreachable,
     is_url,
     retry_after_seconds,
     stages_of,
 )
+from isthmus.http.tls import TlsProblem, TlsTrust, demand_in, open_trust
 from isthmus.pipeline.hop_retries import HopRetries
 from isthmus.security.protected_call import Buffer, CallFacts, CallProtection, open_protection
 from isthmus.settings import RouterSettings, urls_of
@@ -276,10 +279,11 @@ class HttpHop:
         connect_timeout_s: float,
         max_reply_bytes: int,
         protection: CallProtection | None = None,
+        trust: TlsTrust | None = None,
     ) -> None:
         self.name = url
         self._protection = protection
-        self._pool = ConnectionPool(url, connect_timeout_s=connect_timeout_s)
+        self._pool = ConnectionPool(url, connect_timeout_s=connect_timeout_s, trust=trust)
         self._retries = HopRetries(attempts)
         self._max_reply_bytes = max_reply_bytes
 
@@ -401,6 +405,8 @@ class HttpHop:
                 path=path,
                 abandonment=context.abandonment,
             )
+        except TlsFailed as e:
+            raise untrusted(self.name, e.problem) from e
         except Unreachable as e:
             raise HopUnavailable(f"{self.name} cannot be reached: {e}", hop=self.name) from e
         except ResponseTooLong as e:
@@ -420,6 +426,8 @@ class HttpHop:
         facts: dict[str, Any] = {"hop": self.name, "status": status, "error": error}
         after = retry_after_seconds(response.headers.get("retry-after", ""))
         message = f"{self.name} answered {status}: {text}"
+        if problem := demand_in(status, response.body):
+            raise untrusted(self.name, problem)
         if status == 429:
             raise HopBusy(message, retry_after_s=after, **facts)
         if status in (408, 504):
@@ -435,6 +443,11 @@ class HttpHop:
             # the caller's fault, not the hop's.
             raise refused(text, **{**_own_facts(error), **facts})
         raise HopRejected(message, **facts)
+
+
+def untrusted(url: str, problem: TlsProblem) -> HopUntrusted:
+    """The error of a call to `url` for want of trust between the two sides."""
+    return HopUntrusted(f"{url} is not called: {problem.text}", hint=problem.hint, hop=url, reason=problem.reason)
 
 
 def _own_facts(error: Mapping[str, Any]) -> dict[str, Any]:
@@ -469,7 +482,7 @@ def open_hops(settings: RouterSettings, store: SegmentRunner | None) -> list[tup
     """The hops of each tier, several where it has replicas; `local` needs a store.
 
     Raises:
-        SettingsError: the secret `hop-keys` cannot be used.
+        SettingsError: the secret `hop-keys`, or a file for TLS, cannot be used.
     """
     connect = partial(
         HttpHop,
@@ -477,6 +490,7 @@ def open_hops(settings: RouterSettings, store: SegmentRunner | None) -> list[tup
         connect_timeout_s=settings.hop_connect_timeout_s,
         max_reply_bytes=settings.max_request_bytes,
         protection=open_protection(settings),
+        trust=open_trust(settings),
     )
     return [
         tuple(LocalHop(store) if url == "local" and store is not None else connect(url) for url in urls_of(tier))
@@ -485,7 +499,9 @@ def open_hops(settings: RouterSettings, store: SegmentRunner | None) -> list[tup
 
 
 @contextlib.contextmanager
-def hops_by_url(urls: Iterable[str], protection: CallProtection | None = None) -> Iterator[Mapping[str, HttpHop]]:
+def hops_by_url(
+    urls: Iterable[str], protection: CallProtection | None = None, trust: TlsTrust | None = None
+) -> Iterator[Mapping[str, HttpHop]]:
     """A hop to each of the URLs, each once, for the block: for measurements of functions."""
     with contextlib.ExitStack() as stack:
         hops = {
@@ -495,6 +511,7 @@ def hops_by_url(urls: Iterable[str], protection: CallProtection | None = None) -
                 connect_timeout_s=5.0,
                 max_reply_bytes=MAX_LOOPBACK_BYTES,
                 protection=protection,
+                trust=trust,
             )
             for url in dict.fromkeys(urls)
         }

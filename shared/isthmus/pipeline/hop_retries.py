@@ -7,7 +7,7 @@ import time
 from typing import Literal
 
 from isthmus.context import Context
-from isthmus.errors import HopBusy, HopUnavailable
+from isthmus.errors import HopBusy, HopUnavailable, HopUntrusted
 from isthmus.http.pool import BrokenOff
 from isthmus.retries import RetryBudget, backoff, jittered
 
@@ -78,6 +78,8 @@ class CallRetries:
     def pause(self, error: Exception) -> float | Literal[False]:
         """Seconds to wait before the next try; False where the error stands."""
         if not isinstance(error, HopUnavailable | HopBusy) or self._shared.is_closed:
+            return False
+        if isinstance(error, HopUntrusted):
             return False
         if not self._context.waits or self._shared.attempts == 1:
             return False

@@ -42,7 +42,7 @@ EXECUTION: Errors = (
     *(errors.MediaUnsupported, errors.ShapeMismatch, errors.ValueRefused, errors.EventMalformed, errors.BucketRefused),
     *(errors.ClaimExpired, errors.MessageTooLarge, errors.ResultStoreUnavailable),
     *(errors.SegmentTooLarge, errors.RunFailed, errors.CacheFull),
-    *(errors.HopTimeout, errors.HopUnavailable, errors.HopBusy, errors.HopRejected),
+    *(errors.HopTimeout, errors.HopUnavailable, errors.HopUntrusted, errors.HopBusy, errors.HopRejected),
 )
 
 _QUERY: Mapping[str, tuple[str, Mapping[str, Any]]] = {

@@ -110,8 +110,9 @@ class ModelPlace:
 
     def client(self) -> Client:
         from isthmus.client import Client
+        from isthmus.http.tls import open_trust
 
-        return Client(self.url, timeout_s=self.timeout_s)
+        return Client(self.url, timeout_s=self.timeout_s, trust=open_trust(registry_settings(self.registry)))
 
 
 def _photos(photos: list[Path], model: str, where: ModelPlace, top_k: int | None, as_json: bool) -> None:

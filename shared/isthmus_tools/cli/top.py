@@ -14,7 +14,7 @@ from isthmus.errors import IsthmusError, RequestMalformed
 from isthmus.units import format_duration, format_rate, parse_duration
 from isthmus_tools.cli.console import errors, out, print_json, say, table
 from isthmus_tools.cli.infer import ROUTER
-from isthmus_tools.cli.options import AsJson, read_option
+from isthmus_tools.cli.options import AsJson, read_option, registry_settings
 from isthmus_tools.cli.termination import until_signal
 
 if TYPE_CHECKING:
@@ -42,13 +42,14 @@ def top(
 
     Example: `isthmus top --url https://edge.example/function/router --interval 500ms`
     """
+    from isthmus.http.tls import open_trust
     from isthmus_tools.usecases.routes import RouterView
 
     with errors(as_json):
         interval_s = read_option(parse_duration, "--interval", interval)
         if interval_s < MIN_INTERVAL_S:
             raise RequestMalformed(f"--interval is {interval}; it is at least {format_duration(MIN_INTERVAL_S)}")
-        view = RouterView(url, timeout_s=timeout)
+        view = RouterView(url, timeout_s=timeout, trust=open_trust(registry_settings("")))
         # The first look may fail: a wrong URL is an error of the command, not a router that is away.
         state = view.state()
         if as_json:

@@ -23,7 +23,7 @@ from isthmus.artifacts.sampling import TOKENS, Sampling
 from isthmus.codecs import Tables
 from isthmus.context import Context
 from isthmus.errors import IsthmusError
-from isthmus.pipeline import HttpHop, Result, Route, execute, hops_by_url, planned_route
+from isthmus.pipeline import HttpHop, Result, Route, execute, planned_route
 from isthmus.wire.frame import Step
 from isthmus_tools.budget import UNLIMITED, Budget, Pace
 from isthmus_tools.planner.choice import VALUES, violations, without_deadlines
@@ -79,7 +79,7 @@ def measure_generations(
     Raises:
         HopError: the functions cannot be reached, so that no candidate runs.
     """
-    with hops_by_url((functions.head, functions.tail, functions.tail_direct), functions.protection) as hops:
+    with functions.hops as hops:
 
         def answer(candidate: Candidate, tail: str) -> _Answer:
             to = (hops[functions.head], hops[tail])

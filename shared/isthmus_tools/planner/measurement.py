@@ -7,6 +7,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
@@ -18,7 +19,7 @@ from isthmus.artifacts.plan import Candidate
 from isthmus.codecs import Tables
 from isthmus.context import Context
 from isthmus.errors import DeadlineExceeded, HopUnavailable, IsthmusError
-from isthmus.pipeline import CallProtection, HttpHop, Result, execute, hops_by_url, photo_input, planned_route
+from isthmus.pipeline import CallProtection, HttpHop, Result, TlsTrust, execute, hops_by_url, photo_input, planned_route
 from isthmus.processing.image import model_input
 from isthmus_tools.budget import UNLIMITED, Budget, Pace
 from isthmus_tools.planner.choice import VALUES, violations, without_deadlines
@@ -53,6 +54,12 @@ class LinkedFunctions:
     tail: str
     tail_direct: str
     protection: CallProtection | None = None
+    trust: TlsTrust | None = None
+
+    @property
+    def hops(self) -> AbstractContextManager[Mapping[str, HttpHop]]:
+        """A hop to each URL, for a block."""
+        return hops_by_url((self.head, self.tail, self.tail_direct), self.protection, self.trust)
 
 
 def contenders(
@@ -104,7 +111,7 @@ def measure(
     Raises:
         HopError: the functions cannot be reached, so that no candidate runs, or no longer over the link.
     """
-    with hops_by_url((functions.head, functions.tail, functions.tail_direct), functions.protection) as hops:
+    with functions.hops as hops:
         direct = (hops[functions.head], hops[functions.tail_direct])
         linked = (hops[functions.head], hops[functions.tail])
 

@@ -15,8 +15,17 @@ import stamina
 from isthmus.artifacts.device import Device
 from isthmus.artifacts.profile import CodecSpeed
 from isthmus.client import Client
-from isthmus.errors import HopRejected, HopUnavailable, NotReady, Overloaded, ProfileMalformed, SettingsError
+from isthmus.errors import (
+    HopRejected,
+    HopUnavailable,
+    HopUntrusted,
+    NotReady,
+    Overloaded,
+    ProfileMalformed,
+    SettingsError,
+)
 from isthmus.http.pool import Response, stage_seconds
+from isthmus.http.tls import TlsTrust
 from isthmus.retries import backoff
 from isthmus.security.protected_call import CallProtection
 from isthmus.settings import is_secret
@@ -99,17 +108,26 @@ class Echo:
 
 
 class ProfiledFunction:
-    """A function at `url` that measures for holders of `token`; `protection` is that of its other routes."""
+    """A function at `url` that measures for holders of `token`.
+
+    `protection` is that of its other routes, `trust` that of an https URL.
+    """
 
     def __init__(
-        self, url: str, token: str, *, timeout_s: float = 60.0, protection: CallProtection | None = None
+        self,
+        url: str,
+        token: str,
+        *,
+        timeout_s: float = 60.0,
+        protection: CallProtection | None = None,
+        trust: TlsTrust | None = None,
     ) -> None:
         if token and not is_secret(token):
             raise SettingsError("the profile token is none: it is one word of printable characters", variable="token")
         self.url = url.rstrip("/")
-        self.protection = protection
+        self.protection, self.trust = protection, trust
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": frames.CONTENT_TYPE}
-        self._client = Client(self.url, timeout_s=timeout_s)
+        self._client = Client(self.url, timeout_s=timeout_s, trust=trust)
 
     def device(self) -> Device:
         """The function's device.
@@ -186,6 +204,8 @@ class ProfiledFunction:
     def _post_once(self, path: str, body: Sequence[bytes | memoryview], fields: Mapping[str, str]) -> Response:
         try:
             return self._client.post(path, body, self._headers, dict(fields))
+        except HopUntrusted:
+            raise
         except HopUnavailable as e:
             raise HopUnavailable(
                 e.message, hint=f"is a function deployed at {self.url}? try: curl {self.url}/ready", **e.facts

@@ -108,7 +108,7 @@ def measure_steps(
         ProfileMalformed: the response is no measurement.
     """
     whole = subject.bundle.segment(WHOLE)
-    with hops_by_url([function.url], function.protection) as hops:
+    with hops_by_url([function.url], function.protection, function.trust) as hops:
         hop = hops[function.url]
         series = [_StepSeries(hop, subject, s, max(1, -(-runs // ROUNDS)), edge) for s in (whole, *segments)]
         device = function.device()

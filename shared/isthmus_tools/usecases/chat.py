@@ -18,6 +18,7 @@ from isthmus.errors import ContextTooLong, HopRejected, HopUnavailable, Missing,
 from isthmus.generation.completion import CompletionText
 from isthmus.generation.generator import Generated, GenerationRequest, Generator
 from isthmus.generation.text import TextCodec
+from isthmus.http.tls import TlsTrust, open_trust
 from isthmus.pipeline import LocalHop, local_route, plan_route
 from isthmus.registry import Registry, open_cache, open_registry
 from isthmus.runtime.session_store import open_store
@@ -104,8 +105,8 @@ class ChatModel(Protocol):
 class RouterChat:
     """A model behind a router. Units: `timeout_s`, in seconds, bounds an answer."""
 
-    def __init__(self, url: str, model: str, *, timeout_s: float) -> None:
-        self._client, self._model = Client(url, timeout_s=timeout_s), model
+    def __init__(self, url: str, model: str, *, timeout_s: float, trust: TlsTrust | None = None) -> None:
+        self._client, self._model = Client(url, timeout_s=timeout_s, trust=trust), model
         self.context = 0
 
     def check(self) -> None:
@@ -278,7 +279,7 @@ def open_chat(model: str, url: str, registry: RegistrySettings, *, is_default: b
         HopUnavailable: no router answers.
         Errors of LocalChat.
     """
-    chat = RouterChat(url, model, timeout_s=timeout_s)
+    chat = RouterChat(url, model, timeout_s=timeout_s, trust=open_trust(registry))
     try:
         chat.check()
     except HopUnavailable:

@@ -142,4 +142,4 @@ def _linked(functions: FunctionUrls, conditions: Conditions) -> Iterator[LinkedF
             up, down, rtt_s = conditions.up_bps, conditions.down_bps, conditions.rtt_s
             tail = link.enter_context(link_to(tail, uplink_bps=up, downlink_bps=down, rtt_s=rtt_s))
         # The tail without the link as well: loading a model over a slow link would only take longer.
-        yield LinkedFunctions(functions.head, tail, functions.tail, functions.protection)
+        yield LinkedFunctions(functions.head, tail, functions.tail, functions.protection, functions.trust)

@@ -34,7 +34,8 @@ class ProfiledTiers:
         given = request.functions
         urls = {tier: url for tier, url in ((EDGE, given.head), (CLOUD, given.tail)) if url}
         self.functions = {
-            tier: ProfiledFunction(url, given.token, protection=given.protection) for tier, url in urls.items()
+            tier: ProfiledFunction(url, given.token, protection=given.protection, trust=given.trust)
+            for tier, url in urls.items()
         }
         progress("asking the functions what they run on")
         self._devices = {tier: function.device() for tier, function in self.functions.items()}

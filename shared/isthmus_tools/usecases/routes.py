@@ -6,6 +6,7 @@ import msgspec
 
 from isthmus.client import Client
 from isthmus.errors import HopRejected
+from isthmus.http.tls import TlsTrust
 from isthmus.routing.state import RouterState
 
 
@@ -18,9 +19,9 @@ class RouterView:
         RequestMalformed: `url` is no URL.
     """
 
-    def __init__(self, url: str, *, timeout_s: float) -> None:
+    def __init__(self, url: str, *, timeout_s: float, trust: TlsTrust | None = None) -> None:
         self.url = url
-        self._client = Client(url, timeout_s=timeout_s)
+        self._client = Client(url, timeout_s=timeout_s, trust=trust)
 
     def state(self) -> RouterState:
         """The state now.

@@ -19,6 +19,7 @@ from isthmus.events.open import open_consumer, open_publisher
 from isthmus.events.route import Outcome, RouterRoute
 from isthmus.events.stores.open import open_claims, open_records
 from isthmus.events.trigger import STOP_S, TriggerStatus
+from isthmus.http.tls import open_trust
 from isthmus.settings import RegistrySettings
 
 # Between looks at the queue of a run that ends with it.
@@ -94,7 +95,7 @@ def check_trigger(configuration: TriggerConfiguration, settings: RegistrySetting
     checks.append(_checked("records", configuration.records.url, lambda: _check_records(configuration, settings)))
     if configuration.claims is not None:
         checks.append(_checked("claims", configuration.claims.url, lambda: _check_claims(configuration, settings)))
-    return [*checks, _check_router(configuration)]
+    return [*checks, _check_router(configuration, settings)]
 
 
 def _checked(part: str, where: str, connect: Callable[[], object]) -> PartCheck:
@@ -141,9 +142,9 @@ def _check_claims(configuration: TriggerConfiguration, settings: RegistrySetting
         claims.redeem(claims.deposit(b"", ""))
 
 
-def _check_router(configuration: TriggerConfiguration) -> PartCheck:
+def _check_router(configuration: TriggerConfiguration, settings: RegistrySettings) -> PartCheck:
     """An empty message: the router's refusal shows that it answers; an unknown model shows as such."""
-    route = RouterRoute(configuration.router)
+    route = RouterRoute(configuration.router, open_trust(settings))
     try:
         reply = route.call(Message(b"", "check"))
     finally:

@@ -223,6 +223,12 @@ class StateMissing(SegmentError):
     public_message = ""
 
 
+class BundleMismatch(SegmentError):
+    """A function holds another bundle than the call names. Facts: `has`, digests; `wanted`, a digest."""
+
+    public_message = ""
+
+
 class RunFailed(SegmentError):
     """The runtime failed while loading or running a segment. Facts: `segment`."""
 
@@ -262,6 +268,12 @@ class HopBusy(HopError):
 
 class HopRejected(HopError):
     """The hop refused the frame; never retried. Facts: `status` and the hop's own error."""
+
+
+class HopMismatch(HopRejected):
+    """The hop holds another bundle than the request's. Facts: `has`, `wanted`, as of BundleMismatch."""
+
+    public_message = "the functions of this model do not hold the same bundle at this moment; try again"
 
 
 class Overloaded(IsthmusError):
@@ -388,6 +400,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     SegmentTooLarge: 507,
     MemoryInUse: 507,
     StateMissing: 409,
+    BundleMismatch: 409,
     RunFailed: 500,
     HopTimeout: 504,
     # 503, not Missing's 404: the share may be mounted later, and the model exists.
@@ -398,6 +411,8 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     # The hop's own status, so that the caller's back-off applies to the whole chain.
     HopBusy: 429,
     HopRejected: 502,
+    # A roll of functions under way, which ends: callers and queues come again.
+    HopMismatch: 503,
     Overloaded: 429,
     NotReady: 503,
     NotConfigured: 503,

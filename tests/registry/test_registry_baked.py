@@ -9,7 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from isthmus.artifacts.bundle import Blob, digest_of, to_json
-from isthmus.errors import Corrupt, Missing, RegistryError, SettingsError
+from isthmus.errors import BundleMismatch, Corrupt, Missing, RegistryError, SettingsError
 from isthmus.registry import BakedSegment, SegmentCache, SegmentSource, open_source
 from isthmus.settings import SegmentSettings
 from isthmus_tools.graph.extract import bake_tables
@@ -44,9 +44,9 @@ def test_another_bundle_or_segment_is_missing_and_names_what_is_held(fake: Fake,
     with pytest.raises(Missing, match=f"holds segment ..1 of fake .{fake.digest}") as caught:
         baked.locate(fake.digest, "1..")
     assert caught.value.facts == {"kind": "segment", "name": "1..", "exists": ["..1"]}
-    with pytest.raises(Missing) as caught:
+    with pytest.raises(BundleMismatch) as mismatch:
         baked.bundle("sha256:" + "0" * 64)
-    assert caught.value.facts["exists"] == [fake.digest]
+    assert mismatch.value.facts == {"has": [fake.digest], "wanted": "sha256:" + "0" * 64}
 
 
 @pytest.mark.parametrize("name", ["segment.onnx", "weights.bin"])

@@ -62,7 +62,7 @@ class Scene:
 
     def open(self, refresh_s: float) -> None:
         routes: Any = OneRoute()
-        self.catalog = ModelCatalog(self.registry, refresh_s, logging.getLogger("isthmus"), routes, self._prepare)
+        self.catalog = ModelCatalog(self.registry, refresh_s, logging.getLogger("isthmus"), routes, self)
 
     def move(self, version: int) -> None:
         self.versions[version].registry.set_alias("photos", "live", self.versions[version].version)
@@ -70,8 +70,13 @@ class Scene:
     def get(self) -> str:
         return self.catalog.get(REFERENCE, Deadline.after(LONG_S)).version
 
-    def _prepare(self, model: ServedModel) -> bool:
+    def prepare(self, model: ServedModel) -> bool:
+        """As `Warming`."""
         self.prepared.append(model.version)
+        return self.may_move
+
+    def holds(self, model: ServedModel) -> bool:
+        """As `Warming`."""
         return self.may_move
 
 

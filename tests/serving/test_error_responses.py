@@ -35,6 +35,7 @@ ABOUT_THE_REQUEST = {
     "FrameMalformed",
     "ShapeMismatch",
     "StateMissing",
+    "BundleMismatch",
     "ValueRefused",
     "Overloaded",
     "NotConfigured",

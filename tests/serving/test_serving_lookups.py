@@ -161,12 +161,11 @@ def test_a_registry_that_is_gone_is_no_fault_of_who_asks_for_an_unknown_name(
 ) -> None:
     photos.folder.rename(tmp_path / "not-mounted")
     try:
-        for answer in (
-            router.test_client().post("/?model=nobody", data=photo()),
-            tail.test_client().post("/", data=framed(photos, bundle=UNKNOWN)),
-        ):
-            assert (answer.status_code, answer.json["type"]) == (503, "RegistryMissing")
-            assert answer.headers["Retry-After"]
+        answer = router.test_client().post("/?model=nobody", data=photo())
+        assert (answer.status_code, answer.json["type"]) == (503, "RegistryMissing")
+        assert answer.headers["Retry-After"]
+        answer = tail.test_client().post("/", data=framed(photos, bundle=UNKNOWN))
+        assert (answer.status_code, answer.json["type"]) == (409, "BundleMismatch")
         assert router.test_client().post("/", data=photo()).status_code == 200
     finally:
         (tmp_path / "not-mounted").rename(photos.folder)

@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from isthmus.artifacts.constraints import Count, Digest, Share
+from isthmus.artifacts.constraints import Count, Digest, Share, matching
 from isthmus.errors import RegistryError
 
 # Names of the rule's fields in the option --rule, and in a message about a field.
@@ -22,6 +22,9 @@ _FIELDS = {
     "latency": "max_latency_ratio",
     "confidence": "confidence",
 }
+
+
+VersionNumber = Annotated[str, matching("[1-9][0-9]{0,17}")]
 
 
 class CanaryRule(Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,7 +50,7 @@ class Canary(Struct, frozen=True, forbid_unknown_fields=True):
     it, so that no caller leaves the canary where the share grows.
     """
 
-    version: Annotated[int, Meta(ge=1, le=2**63 - 1)]
+    version: VersionNumber
     digest: Digest
     share: Annotated[float, Meta(gt=0, lt=1)]
     began: Count

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import stamina
 
 from isthmus.arrays import Array
+from isthmus.artifacts.bundle import is_digest
 from isthmus.artifacts.json_documents import refuse_constant
 from isthmus.codecs import Tables
 from isthmus.context import Context, Deadline
@@ -27,6 +28,7 @@ from isthmus.errors import (
     CallerUnknown,
     HopBusy,
     HopError,
+    HopMismatch,
     HopRejected,
     HopTimeout,
     HopUnavailable,
@@ -74,6 +76,9 @@ MAX_LOOPBACK_BYTES = 2**30
 _INPUT_ERRORS = {c.__name__: c for c in (ShapeMismatch, ValueRefused, StateMissing)}
 # Errors of `POST /load`, and those of an Isthmus function without that path.
 _LOAD_ERRORS = {c.__name__: c for c in (MemoryInUse, SegmentTooLarge)}
+_MISMATCH = "BundleMismatch"
+# Bundles that a function with other ones names in its refusal.
+MAX_HELD = 8
 _KEYS_ADVICE = "give both functions the same secret hop-keys, and the same hop_security"
 _NO_SUCH_PATH = ("NotFound", "MethodNotAllowed")
 
@@ -126,6 +131,7 @@ class Hop(Protocol):
         Raises:
             HopTimeout: the deadline passed.
             HopUnavailable, HopBusy: not reached, or at its limit, until attempts were spent.
+            HopMismatch: the hop holds another bundle than the frame names.
             HopRejected: the hop understood and refused; `facts["error"]` holds its error. ShapeMismatch and
                 ValueRefused, errors of the inputs, keep their class.
         """
@@ -442,12 +448,25 @@ class HttpHop:
             # Only running the graph shows that free dimensions do not go together, or that an index is out of range:
             # the caller's fault, not the hop's.
             raise refused(text, **{**_own_facts(error), **facts})
+        if error.get("type") == _MISMATCH:
+            raise HopMismatch(message, **_mismatch_facts(error), **facts)
         raise HopRejected(message, **facts)
 
 
 def untrusted(url: str, problem: TlsProblem) -> HopUntrusted:
     """The error of a call to `url` for want of trust between the two sides."""
     return HopUntrusted(f"{url} is not called: {problem.text}", hint=problem.hint, hop=url, reason=problem.reason)
+
+
+def _mismatch_facts(error: Mapping[str, Any]) -> dict[str, Any]:
+    """The digests that a function has and was to have; anything else in their place is left out."""
+    own = error.get("facts")
+    own = own if type(own) is dict else {}
+    has, wanted = own.get("has"), own.get("wanted")
+    return {
+        "has": [each for each in has if is_digest(str(each))][:MAX_HELD] if type(has) is list else [],
+        "wanted": wanted if is_digest(str(wanted)) else "",
+    }
 
 
 def _own_facts(error: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Protocol, Self
 
 from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, Segment, digest_of, is_digest
 from isthmus.artifacts.segment_id import SegmentId
-from isthmus.errors import Missing, RegistryError, SettingsError
+from isthmus.errors import BundleMismatch, Missing, RegistryError, SettingsError
 from isthmus.registry.content import corrupt, file_digest, read_manifest
 
 Progress = Callable[[int, int], None]
@@ -54,6 +54,7 @@ class SegmentSource(Protocol):
         """The bundle with the digest `digest`.
 
         Raises:
+            BundleMismatch: the source has one bundle, and that is another.
             RegistryError: Missing, or any other reason for a failed read.
         """
         ...
@@ -115,7 +116,13 @@ class BakedSegment:
 
     def bundle(self, digest: str) -> Bundle:
         if digest != self.digest:
-            raise self._missing("bundle", digest, self.digest)
+            raise BundleMismatch(
+                f"this function holds segment {self.segment_id} of {self._bundle.name} ({self.digest}) and no other;"
+                f" a segment of {digest} was asked for",
+                has=[self.digest],
+                wanted=digest,
+                hint="unset segment_dir to serve any bundle of a registry",
+            )
         return self._bundle
 
     def blob(self, blob: Blob) -> bytes:

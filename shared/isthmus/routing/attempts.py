@@ -10,7 +10,7 @@ from isthmus.errors import HopError
 from isthmus.pipeline import Route
 from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.choice import RouteChooser
-from isthmus.routing.fallback import ExpectedSeconds, FallbackChain, first_in_time, is_hops_fault, limited
+from isthmus.routing.fallback import ExpectedSeconds, FallbackChain, first_in_time, limited, may_fall_back
 
 Answering = Callable[[Sequence[RouteCandidate]], Sequence[RouteCandidate]]
 """Those of some candidates whose hops answer, loaded ones if any."""
@@ -92,7 +92,7 @@ class GenerationRoute:
 
     def instead(self, error: HopError, context: Context) -> Route | None:
         """See `Rerouting.instead`."""
-        if not is_hops_fault(error):
+        if not may_fall_back(error):
             return None
         failed = self._attempts.candidate
         other = self._attempts.fall_back(error, self._tier_of(error), context.deadline.remaining())

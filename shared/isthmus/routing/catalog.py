@@ -6,11 +6,11 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Self
+from typing import Protocol, Self
 
 from cachetools import LRUCache, TTLCache
 
@@ -19,6 +19,7 @@ from isthmus.context import Deadline
 from isthmus.errors import (
     CalibrationError,
     DeadlineExceeded,
+    HopMismatch,
     IsthmusError,
     Missing,
     ModelError,
@@ -29,6 +30,7 @@ from isthmus.errors import (
 from isthmus.processing.classify_spec import parse_labels
 from isthmus.registry import Registry
 from isthmus.registry.lookups import Lookups
+from isthmus.retries import backoff
 from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.selection import RouteSelector
 
@@ -39,8 +41,15 @@ MAX_CACHED = 256
 MAX_REFRESH_WAIT_S = 0.25
 # A new version whose segments are being loaded is looked at again after so long.
 _PREPARING_S = 0.5
+# Functions of one model that hold different bundles are waited for so long, and asked again after a pause that doubles.
+MAX_ROLL_S = 10.0
+_FIRST_ROLL_PAUSE_S, _MAX_ROLL_PAUSE_S = 0.05, 0.5
+_ROLL_FAILED_S = 1.0
+# Of a request's time for that wait: the rest is for the request itself.
+_ROLL_SHARE = 0.8
 # The longest that a request waits for the list of a model's versions.
 MAX_VERSIONS_WAIT_S = 2.0
+_ROLL_ADVICE = "deploy all functions of the model from one bundle, and let the alias mean that version"
 # Models in a listing: each takes several reads of the registry.
 MAX_LISTED = 200
 
@@ -84,12 +93,24 @@ class _NameEntry:
         return cls(model, now + seconds / 2, now + seconds)
 
 
+class VersionLoading(Protocol):
+    """The segments of versions in the memory of their functions; `Warming`."""
+
+    def prepare(self, model: ServedModel) -> bool:
+        """See `Warming.prepare`."""
+        ...
+
+    def holds(self, model: ServedModel) -> bool:
+        """See `Warming.holds`."""
+        ...
+
+
 class ModelCatalog:
     """Resolves names in the registry, each at most every `refresh_s` seconds.
 
     An entry stays while the registry does not give a newer version, since a share that is not mounted looks like a
     registry without models, and while a new version cannot be served: a name moves to another version once the
-    version's route is known and `prepare` is true, which loads its segments.
+    version's route is known and `loading` has prepared it, which loads its segments.
     """
 
     def __init__(
@@ -98,13 +119,15 @@ class ModelCatalog:
         refresh_s: float,
         log: logging.Logger,
         routes: RouteSelector,
-        prepare: Callable[[ServedModel], bool],
+        loading: VersionLoading,
     ) -> None:
-        self._registry, self._routes, self._prepare = registry, routes, prepare
+        self._registry, self._routes, self._loading = registry, routes, loading
         self._refresh_s = refresh_s
         self._log = log
         self._lock = threading.Lock()
         self._lookups = Lookups(refresh_s)
+        # Of their own: each may take MAX_ROLL_S.
+        self._rolls, self._closed = Lookups(_ROLL_FAILED_S), threading.Event()
         # A single thread: a registry that hangs must not collect threads.
         self._refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refresh")
         self._cache: LRUCache[str, _NameEntry] = LRUCache(MAX_CACHED)
@@ -135,10 +158,29 @@ class ModelCatalog:
                     return refresh.result(timeout=MAX_REFRESH_WAIT_S)
         return entry.model
 
+    def renew(self, reference: str, refusal: HopMismatch, deadline: Deadline) -> ServedModel:
+        """The version that all functions of its route hold, after one of them refused the version in force.
+
+        The registry and the functions are asked at once, and then until both agree: while functions are replaced one
+        after the other, the first has the next bundle and the last one the present bundle. Requests for one name share
+        the questions.
+
+        Raises:
+            HopMismatch: `refusal`; the functions hold no common bundle in time.
+            Overloaded: too many requests wait.
+        """
+        wait_until = Deadline.after(_ROLL_SHARE * deadline.remaining())
+        try:
+            return self._rolls.find(reference, partial(self._common_version, reference, refusal), wait_until)
+        except DeadlineExceeded:
+            raise refusal from None
+
     def close(self) -> None:
         """Stop asking the registry; look-ups under way go on to their end."""
+        self._closed.set()
         self._refresher.shutdown(wait=False, cancel_futures=True)
         self._lookups.close()
+        self._rolls.close()
 
     def forget(self, reference: str) -> None:
         """Ask the registry again for a name that the registry lacked."""
@@ -193,7 +235,7 @@ class ModelCatalog:
         model, seconds = entry.model, self._refresh_s
         try:
             newest = self._version(reference)
-            if newest.digest == model.digest or self._prepare(newest):
+            if newest.digest == model.digest or self._loading.prepare(newest):
                 model = newest
             else:
                 seconds = min(seconds, _PREPARING_S)
@@ -204,6 +246,31 @@ class ModelCatalog:
             entry.model, entry.refresh_at, entry.expires = model, later.refresh_at, later.expires
             entry.refreshing.release()
         return model
+
+    def _common_version(self, reference: str, refusal: HopMismatch) -> ServedModel:
+        give_up = time.monotonic() + MAX_ROLL_S
+        pauses = backoff(_FIRST_ROLL_PAUSE_S, _MAX_ROLL_PAUSE_S)
+        while True:
+            for model in self._newest_and_present(reference):
+                if self._loading.holds(model):
+                    with self._lock:
+                        self._cache[reference] = _NameEntry.now(model, min(self._refresh_s, _PREPARING_S))
+                    return model
+            pause_s = next(pauses)
+            if time.monotonic() + pause_s > give_up or self._closed.wait(pause_s):
+                raise HopMismatch(refusal.message, hint=_ROLL_ADVICE, **refusal.facts)
+
+    def _newest_and_present(self, reference: str) -> list[ServedModel]:
+        """What a name means in the registry now, as far as that can be had, and what it meant until now."""
+        with self._lock:
+            entry = self._cache.get(reference)
+        models = [] if entry is None else [entry.model]
+        try:
+            newest = self._version(reference)
+        except (RegistryError, PlanError, CalibrationError) as e:
+            self._log_stale(reference, e)
+            return models
+        return [newest, *(model for model in models if model.digest != newest.digest)]
 
     def _log_stale(self, reference: str, error: IsthmusError) -> None:
         facts = {"error": error.message, "type": type(error).__name__} | ({"hint": error.hint} if error.hint else {})

@@ -18,7 +18,7 @@ from isthmus.routing.attempts import Attempts, GenerationRoute, RouteChange
 from isthmus.routing.candidates import RouteCandidate
 from isthmus.routing.catalog import ServedModel
 from isthmus.routing.estimates import Estimates
-from isthmus.routing.fallback import FallbackChain, is_hops_fault
+from isthmus.routing.fallback import FallbackChain, may_fall_back
 from isthmus.routing.forecast import plan_drift
 from isthmus.routing.readiness import ReadinessProber
 from isthmus.routing.replicas import RoutedHop
@@ -80,7 +80,7 @@ class Dispatcher:
                 with chooser.running(chosen):
                     result = attempt(chosen, attempts.limited(context))
             except HopError as e:
-                if not is_hops_fault(e):
+                if not may_fall_back(e):
                     raise
                 fallback = attempts.fall_back(e, self._tier(e), context.deadline.remaining())
                 if fallback is None:

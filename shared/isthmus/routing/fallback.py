@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from isthmus.context import Context, Deadline
-from isthmus.errors import HopBusy, HopError, HopRejected, HopTimeout, HopUnavailable
+from isthmus.errors import HopBusy, HopError, HopMismatch, HopRejected, HopTimeout, HopUnavailable
 from isthmus.routing.candidates import RouteCandidate
 
 # A fallback is left its expected seconds and half as many: it runs beside those that came before it.
@@ -31,6 +31,14 @@ def is_hops_fault(error: HopError) -> bool:
     if isinstance(error, HopUnavailable | HopTimeout | HopBusy):
         return True
     return isinstance(error, HopRejected) and (error.facts.get("status") == 200 or error.facts.get("status", 0) >= 500)
+
+
+def may_fall_back(error: HopError) -> bool:
+    """Whether another route may serve the request: the hop is at fault, or holds another bundle.
+
+    A hop with another bundle is in order, and its breaker stays closed: it serves that bundle's requests.
+    """
+    return isinstance(error, HopMismatch) or is_hops_fault(error)
 
 
 class FallbackChain:

@@ -18,13 +18,13 @@ from dataclasses import replace
 from cachetools import LRUCache
 
 from isthmus.context import Abandonment, Context, Deadline
-from isthmus.errors import HopError, HopUnavailable, IsthmusError, StateMissing
+from isthmus.errors import HopError, HopMismatch, HopUnavailable, IsthmusError, StateMissing
 from isthmus.pipeline.hop import Hop, HopReply
 from isthmus.retries import RetryBudget
 from isthmus.routing.breaker import Breaker
 from isthmus.routing.call_times import CallTimes
 from isthmus.routing.estimates import Estimates
-from isthmus.routing.fallback import allowed_s, is_hops_fault
+from isthmus.routing.fallback import allowed_s, may_fall_back
 from isthmus.routing.hop_memory import HopMemory
 from isthmus.routing.watched_hop import WatchedHop
 from isthmus.settings import tier_of
@@ -78,7 +78,9 @@ class Replicas:
             except HopError as e:
                 if isinstance(e, HopUnavailable) and not left:
                     self.memory.forget()
-                if not left or not is_hops_fault(e) or context.deadline.remaining() <= 0:
+                if isinstance(e, HopMismatch) and not left:
+                    self.memory.tell(frame.bundle, frame.segment, is_loaded=False)
+                if not left or not may_fall_back(e) or context.deadline.remaining() <= 0:
                     raise
                 continue
             self._stick(frame, hop)

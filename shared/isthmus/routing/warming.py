@@ -19,6 +19,7 @@ from typing import Literal
 from isthmus.context import Deadline
 from isthmus.errors import (
     HopBusy,
+    HopMismatch,
     HopTimeout,
     HopUnavailable,
     IsthmusError,
@@ -60,7 +61,7 @@ class _Question:
 
     due: float = -math.inf
     pause_s: float = _FIRST_PAUSE_S
-    reply: Literal["", "loaded", "loading", "refused"] = ""
+    reply: Literal["", "loaded", "loading", "refused", "mismatch"] = ""
 
     def back_off(self, now: float) -> None:
         """Ask again after a pause, twice as long as the last."""
@@ -127,13 +128,28 @@ class Warming:
     def prepare(self, model: ServedModel) -> bool:
         """Whether requests may move to a new version, whose segments begin to load; waits for at most PREPARE_S.
 
-        They may once the plan's choice is loaded or cannot be loaded ahead, and after MAX_MOVE_WAIT_S in any case.
+        They may once the plan's choice is loaded or cannot be loaded ahead, and after MAX_MOVE_WAIT_S in any case but
+        one: functions that hold another bundle would refuse them.
         """
         self.loaded(model)
         until = time.monotonic() + PREPARE_S
         while not (may_move := self._may_move(model)) and time.monotonic() < until:
             time.sleep(_POLL_S)
         return may_move
+
+    def holds(self, model: ServedModel) -> bool:
+        """Whether the functions of the plan's choice have its segments in memory, asked now."""
+        return all(self._ask_now(key) for key in _keys(model.route))
+
+    def _ask_now(self, key: SegmentKey) -> bool:
+        name, bundle, segment = key
+        hop = self._hops[name]
+        try:
+            is_loaded = hop.load(bundle, segment, Deadline.after(_ASK_S))
+        except IsthmusError:
+            is_loaded = False
+        hop.memory.tell(bundle, segment, is_loaded=is_loaded)
+        return is_loaded
 
     def close(self) -> None:
         """End the thread; a question under way goes on to its end."""
@@ -142,10 +158,13 @@ class Warming:
 
     def _may_move(self, model: ServedModel) -> bool:
         warm = self._models.get(model.digest)
-        if warm is None or warm.was_loaded or self._clock() - warm.began > MAX_MOVE_WAIT_S:
+        if warm is None or warm.was_loaded:
             return True
-        questions = (self._questions.get(key) for key in _keys(model.route))
-        return any(question is not None and question.reply == "refused" for question in questions)
+        replies = [question.reply for key in _keys(model.route) if (question := self._questions.get(key)) is not None]
+        has_waited = self._clock() - warm.began > MAX_MOVE_WAIT_S
+        if "mismatch" in replies:
+            return has_waited and any(self._is_loaded(candidate) for candidate in warm.order)
+        return has_waited or "refused" in replies
 
     def _add(self, model: ServedModel) -> _WarmModel:
         now = self._clock()
@@ -202,7 +221,7 @@ class Warming:
                 if not self._closed and self._due(key, question) <= self._clock():
                     self._put(key, question)
                 yield key
-                if question.reply == "refused":
+                if question.reply in ("refused", "mismatch"):
                     break
 
     def _due(self, key: SegmentKey, question: _Question) -> float:
@@ -220,6 +239,10 @@ class Warming:
             self._pauses[name].back_off(self._clock())
             question.due = self._pauses[name].due  # a lost segment's own was that of its next check
             return
+        except HopMismatch:
+            question.reply = "mismatch"
+            question.back_off(self._clock())
+            is_loaded = False
         except IsthmusError as e:
             self._refused(key, question, e)
             is_loaded = False

@@ -6,7 +6,7 @@ import threading
 import time
 
 from isthmus.context import Context, Deadline
-from isthmus.errors import HopBusy, HopError, HopTimeout, HopUnavailable
+from isthmus.errors import HopBusy, HopError, HopMismatch, HopTimeout, HopUnavailable
 from isthmus.pipeline.hop import Hop, HopReply, HttpHop, SegmentLoader, SessionHop
 from isthmus.routing.breaker import Breaker
 from isthmus.routing.call_times import CallTimes
@@ -76,6 +76,8 @@ class WatchedHop:
             reply = self.inner.call(frame, context)
             end = self.breaker.succeeded if _belongs(reply.frame, frame) else self.breaker.failed
         except HopError as e:
+            if isinstance(e, HopMismatch):
+                self.memory.tell(frame.bundle, frame.segment, is_loaded=False)
             if not is_hops_fault(e):
                 end = self.breaker.succeeded  # a refusal is a response
                 raise

@@ -195,11 +195,11 @@ class FunctionApp:
             self.readiness.check()
             if coding := request.headers.get("Content-Encoding", ""):
                 body = decompress(body, coding, memory, self._settings.max_request_bytes)
-            reply_headers: dict[str, str] = {}
             response = handle(
-                FunctionRequest(body, request.headers, request.args, context, g.timings, memory, reply_headers, g.facts)
+                FunctionRequest(
+                    body, request.headers, request.args, context, g.timings, memory, g.reply_headers, g.facts
+                )
             )
-            response.headers.update(reply_headers)
             if response.is_streamed:
                 # The work goes on while the body is sent: slot and memory are the request's until its end.
                 response.call_on_close(held.pop_all().close)
@@ -223,7 +223,8 @@ class FunctionApp:
             yield context.deadline
 
     def _begin(self) -> None:
-        g.timings, g.context, g.error, g.facts, g.span = Timings(), None, "", {}, None
+        g.timings, g.context, g.error, g.span = Timings(), None, "", None
+        g.facts, g.reply_headers = {}, {}
 
     def _failed(self, error: Exception) -> Response:
         g.error = type(error).__name__
@@ -233,6 +234,7 @@ class FunctionApp:
     def _end(self, response: Response) -> Response:
         """Add the headers common to all responses; count and log, a stream at its end."""
         context: Context | None = g.context
+        response.headers.update(g.reply_headers)
         compress(response, request.headers.get("Accept-Encoding", ""))
         if context is not None:
             response.headers["Server-Timing"] = g.timings.header()

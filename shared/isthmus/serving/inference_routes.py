@@ -6,7 +6,6 @@ from flask import Response
 
 from isthmus.codecs import Tables
 from isthmus.processing.image_budget import ImageMemory
-from isthmus.routing import ModelCatalog, ServedModel
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.continuing import Continuer
 from isthmus.serving.explaining import Explainer
@@ -14,6 +13,7 @@ from isthmus.serving.inference import InferenceReader
 from isthmus.serving.model_routes import model_reference
 from isthmus.serving.prediction import Predictor
 from isthmus.serving.request import FunctionRequest
+from isthmus.serving.version_choice import VersionChoice
 from isthmus.settings import RouterSettings
 
 
@@ -24,17 +24,17 @@ class InferenceRoutes:
         self,
         app: FunctionApp,
         settings: RouterSettings,
-        catalog: ModelCatalog,
+        versions: VersionChoice,
         predictor: Predictor,
         images: ImageMemory,
         tables: Tables,
     ) -> None:
-        self._catalog, self._default = catalog, settings.model
+        self._versions, self._default = versions, settings.model
         self.predictor = predictor
         self.reader = InferenceReader(settings)
         app.closing.callback(self.reader.close)
         self.explainer = Explainer(settings, predictor, images)
-        continuer = Continuer(catalog, predictor, tables, settings.max_request_bytes)
+        continuer = Continuer(versions.catalog, predictor, tables, settings.max_request_bytes)
         app.post("/", self.answer, "answer")
         app.post("/explain", self.explain, "explain")
         app.post("/continue", continuer.respond, "continue")
@@ -44,19 +44,27 @@ class InferenceRoutes:
 
     def answer(self, request: FunctionRequest) -> Response:
         """A prediction of the model `?model=` for a request of any kind."""
-        model = self._model(request)
-        return self.predictor.respond(request, self.reader.read(request, model))
+        return self._versions.respond(
+            request,
+            self._reference(request),
+            lambda model: self.predictor.respond(request, self.reader.read(request, model)),
+        )
 
     def infer(self, request: FunctionRequest, name: str, version: str = "") -> Response:
         """Open Inference Protocol: tensors in, tensors out."""
-        model = self._model(request, name, version)
-        return self.predictor.respond(request, self.reader.read_tensors(request, model))
+        return self._versions.respond(
+            request,
+            self._reference(request, name, version),
+            lambda model: self.predictor.respond(request, self.reader.read_tensors(request, model)),
+        )
 
     def explain(self, request: FunctionRequest, name: str = "", version: str = "") -> Response:
         """Which parts of a photo or of tokens decided; `?model=` as `answer`, where the path names none."""
-        model = self._model(request, name, version)
-        return self.explainer.respond(request, self.reader.read(request, model))
+        return self._versions.respond(
+            request,
+            self._reference(request, name, version),
+            lambda model: self.explainer.respond(request, self.reader.read(request, model)),
+        )
 
-    def _model(self, request: FunctionRequest, name: str = "", version: str = "") -> ServedModel:
-        reference = model_reference(name, version) if name else request.query.get("model", self._default)
-        return self._catalog.get(reference, request.context.deadline)
+    def _reference(self, request: FunctionRequest, name: str = "", version: str = "") -> str:
+        return model_reference(name, version) if name else request.query.get("model", self._default)

@@ -17,6 +17,7 @@ from isthmus.serving.openai.api import OpenAIApi
 from isthmus.serving.prediction import Predictor
 from isthmus.serving.preload import load_deadline, open_drafts, open_sessions, parse_entry, preload
 from isthmus.serving.routing_metrics import MeasuredDispatcher, RoutingMetrics
+from isthmus.serving.version_choice import VersionChoice
 from isthmus.settings import RouterSettings
 
 
@@ -54,7 +55,7 @@ class _RouterApp(FunctionApp):
         routes = RouteSelector(settings, self._registry, hops, tables, codec)
         guard = Guard(settings.guard_share, routes.fidelity, self.metrics, self.log, deadline_s=settings.deadline_s)
         self._warming = Warming(hops, self.log)
-        self._catalog = ModelCatalog(self._registry, settings.refresh_s, self.log, routes, self._warming.prepare)
+        self._catalog = ModelCatalog(self._registry, settings.refresh_s, self.log, routes, self._warming)
         dispatcher = MeasuredDispatcher(hops, estimates, self._warming, self.log, settings.fallback)
         dispatcher.tracing = self.tracing
         routing_metrics = RoutingMetrics(settings)
@@ -69,11 +70,12 @@ class _RouterApp(FunctionApp):
         for close in (dispatcher.close, *(hop.close for hop in hops), tables.close, self._catalog.close, guard.close):
             self.closing.callback(close)
         self.closing.callback(LinkProber({hop.name: hop.watched[0].inner for hop in hops}, estimates).close)
-        inference = InferenceRoutes(self, settings, self._catalog, predictor, images, tables)
+        versions = VersionChoice(self._catalog)
+        inference = InferenceRoutes(self, settings, versions, predictor, images, tables)
         models = ModelRoutes(self, self._catalog, settings)
         StateRoute(self, dispatcher, settings)
         self._drafts = open_drafts(settings, self._registry, hops[0])
-        OpenAIApi(self, settings, self._catalog, self._registry, models.listing, dispatcher, predictor, self._drafts)
+        OpenAIApi(self, settings, versions, self._registry, models.listing, dispatcher, predictor, self._drafts)
         if settings.page:
             from isthmus.serving.page import Page  # templates are for routers with a page alone
 

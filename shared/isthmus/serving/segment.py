@@ -14,10 +14,12 @@ from flask import Flask, Response
 from isthmus.admission import Turns, describe_work
 from isthmus.artifacts.bundle import is_digest
 from isthmus.artifacts.tensors import check_types
-from isthmus.errors import RequestMalformed, RequestTooLarge
+from isthmus.context import Deadline
+from isthmus.errors import BundleMismatch, RegistryMissing, RegistryUnavailable, RequestMalformed, RequestTooLarge
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import BakedSegment, open_registry, open_source
 from isthmus.runtime.session_store import bytes_per_token, open_store
+from isthmus.runtime.store import TimedOutputs
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.preload import load_deadline, parse_entry, preload
@@ -29,6 +31,8 @@ from isthmus.wire import frame as frames
 
 # A digest, and a segment's id of two cuts by name; or a session's name.
 MAX_LOAD_BODY_BYTES = 8192
+# Bundles that a refusal names.
+_MAX_NAMED = 8
 _Body = TypeVar("_Body")
 
 
@@ -90,10 +94,8 @@ class _SegmentApp(FunctionApp):
         request.timings.add("decode", time.perf_counter() - start)
         # Steps of one token and chunks of a prompt are different work: the adaptive limit compares like with like.
         describe_work(f"{frame.bundle} {frame.segment} {frame.step_tokens.bit_length() or ''}".rstrip())
-        if (step := frame.step) is None:
-            ran = self._store.run(frame.bundle, frame.segment, frame.tensors, request.context.deadline)
-        else:
-            ran = self._sessions.step(frame.bundle, frame.segment, frame.tensors, step, request.context.deadline)
+        with self._other_bundles(frame.bundle):
+            ran = self._ran(frame, request.context.deadline)
         request.timings.add("load", ran.load_s)
         request.timings.add("wait", ran.wait_s)
         request.timings.add("run", ran.run_s, f"batch-of-{ran.batch}" if ran.batch > 1 else "")
@@ -109,9 +111,36 @@ class _SegmentApp(FunctionApp):
             raise RequestMalformed(
                 f"the body names bundle {wanted.bundle[:80]!r}; a bundle is a manifest's sha256 digest"
             )
-        is_loaded = self._store.load(wanted.bundle, wanted.segment, request.context.deadline)
+        with self._other_bundles(wanted.bundle):
+            is_loaded = self._store.load(wanted.bundle, wanted.segment, request.context.deadline)
         state = {"bundle": wanted.bundle, "segment": wanted.segment, "state": "loaded" if is_loaded else "loading"}
         return Response(msgspec.json.encode(state), 200 if is_loaded else 202, mimetype="application/json")
+
+    def _ran(self, frame: frames.Frame, deadline: Deadline) -> TimedOutputs:
+        if (step := frame.step) is None:
+            return self._store.run(frame.bundle, frame.segment, frame.tensors, deadline)
+        return self._sessions.step(frame.bundle, frame.segment, frame.tensors, step, deadline)
+
+    @contextmanager
+    def _other_bundles(self, wanted: str) -> Iterator[None]:
+        """Refuse a bundle that the registry does not give at present, where others are in memory and can be served.
+
+        Raises:
+            BundleMismatch: in place of the registry's error. The router asks its own registry anew, and does not take
+                this function to be down.
+        """
+        try:
+            yield
+        except (RegistryUnavailable, RegistryMissing) as e:
+            has = sorted({loaded.bundle for loaded in self._store.loaded()})
+            if not has or wanted in has:
+                raise
+            raise BundleMismatch(
+                f"this function holds other bundles, and its registry does not give {wanted}: {e.message}",
+                has=has[:_MAX_NAMED],
+                wanted=wanted,
+                hint=e.hint,
+            ) from e
 
     def end_session(self, request: FunctionRequest) -> Response:
         """Forget a session in every segment: 200, also where no segment has it."""
@@ -135,12 +164,14 @@ class _SegmentApp(FunctionApp):
 
         Raises:
             RequestMalformed: the frame names no bundle's digest.
+            BundleMismatch: the function holds other bundles, and cannot have this one.
             Missing, RegistryError, NotReady: as `SegmentStore.segment`.
             ShapeMismatch: a tensor is missing, unknown, or of another dtype or shape.
         """
         if not is_digest(outline.bundle):
             raise RequestMalformed(f"the frame names bundle {outline.bundle!r}; a bundle is a manifest's sha256 digest")
-        segment = self._store.segment(outline.bundle, outline.segment, request.context.deadline)
+        with self._other_bundles(outline.bundle):
+            segment = self._store.segment(outline.bundle, outline.segment, request.context.deadline)
         if outline.step is None:
             check_types(segment.inputs, outline.tensors)
         else:

@@ -9,7 +9,7 @@ from flask import Response
 
 from isthmus.admission import MemoryBudget
 from isthmus.registry import Registry
-from isthmus.routing import Dispatcher, ModelCatalog
+from isthmus.routing import Dispatcher
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.generation_metrics import GenerationMetrics
 from isthmus.serving.model_list import ModelList
@@ -17,6 +17,7 @@ from isthmus.serving.openai.models import OpenAIModels
 from isthmus.serving.openai.requests import user_of
 from isthmus.serving.prediction import Predictor
 from isthmus.serving.request import FunctionRequest
+from isthmus.serving.version_choice import VersionChoice
 from isthmus.settings import RouterSettings
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class OpenAIApi:
         self,
         app: FunctionApp,
         settings: RouterSettings,
-        catalog: ModelCatalog,
+        versions: VersionChoice,
         registry: Registry,
         listing: ModelList,
         dispatcher: Dispatcher,
@@ -40,7 +41,7 @@ class OpenAIApi:
         drafts: Drafts | None,
     ) -> None:
         self._drafts = drafts
-        self._settings, self._catalog, self._registry = settings, catalog, registry
+        self._settings, self._versions, self._registry = settings, versions, registry
         self._app, self._dispatcher, self._predictor = app, dispatcher, predictor
         # Before the first request too, so that the metrics are there from the start.
         self._metrics = GenerationMetrics(app.metrics, MemoryBudget(settings.total_replay_bytes))
@@ -50,7 +51,7 @@ class OpenAIApi:
         app.post("/v1/chat/completions", self.chat, "chat_completions", user_of)
         app.post("/v1/completions", self.complete, "completions", user_of)
         app.post("/v1/embeddings", self.embed, "embeddings", user_of)
-        OpenAIModels(app, catalog, listing)
+        OpenAIModels(app, versions.catalog, listing)
 
     def chat(self, request: FunctionRequest) -> Response:
         """The completion of a conversation, whole or as a stream."""
@@ -66,7 +67,7 @@ class OpenAIApi:
             if self._embeddings is None:
                 from isthmus.serving.openai.embeddings import EmbeddingRoutes
 
-                self._embeddings = EmbeddingRoutes(self._settings, self._catalog, self._registry, self._predictor)
+                self._embeddings = EmbeddingRoutes(self._settings, self._versions, self._registry, self._predictor)
         return self._embeddings.embed(request)
 
     def _loaded(self) -> CompletionRoutes:
@@ -77,5 +78,5 @@ class OpenAIApi:
                 from isthmus.serving.openai.routes import CompletionRoutes
 
                 generations = Generations(self._app, self._settings, self._dispatcher, self._metrics, self._drafts)
-                self._routes = CompletionRoutes(self._settings, self._catalog, self._registry, generations)
+                self._routes = CompletionRoutes(self._settings, self._versions, self._registry, generations)
             return self._routes

@@ -23,10 +23,11 @@ from isthmus.errors import RequestMalformed
 from isthmus.pipeline import Result
 from isthmus.processing.sentences import SentenceTokenizer, embed
 from isthmus.registry import Registry
-from isthmus.routing import ModelCatalog, ServedModel
+from isthmus.routing import ServedModel
 from isthmus.serving.openai.requests import read_request
 from isthmus.serving.prediction import Predictor
 from isthmus.serving.request import FunctionRequest
+from isthmus.serving.version_choice import VersionChoice
 from isthmus.settings import RouterSettings
 
 # OpenAI's own bounds on a request.
@@ -115,16 +116,19 @@ class EmbeddingRoutes:
     """The handler of `POST /v1/embeddings`."""
 
     def __init__(
-        self, settings: RouterSettings, catalog: ModelCatalog, registry: Registry, predictor: Predictor
+        self, settings: RouterSettings, versions: VersionChoice, registry: Registry, predictor: Predictor
     ) -> None:
-        self._settings, self._catalog, self._registry, self._predictor = settings, catalog, registry, predictor
+        self._settings, self._versions, self._registry, self._predictor = settings, versions, registry, predictor
         cache = LRUCache[str, SentenceTokenizer](_MAX_TOKENIZERS)
         self._tokenizer = cached(cache, key=lambda model, _: model.digest, lock=threading.Lock())(self._read_tokenizer)
 
     def embed(self, request: FunctionRequest) -> Response:
         """A vector for each input."""
         body = read_request(request, EmbeddingRequestBody)
-        model = self._catalog.get(body.model or self._settings.model, request.context.deadline)
+        name = body.model or self._settings.model
+        return self._versions.respond(request, name, lambda model: self._respond(request, body, model))
+
+    def _respond(self, request: FunctionRequest, body: EmbeddingRequestBody, model: ServedModel) -> Response:
         embedding = _embedding_of(model, body)
         rows = self._rows(request, model, embedding, body)
         tokens = sum(map(len, rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cachetools import LRUCache, cached
@@ -14,13 +14,14 @@ from isthmus.errors import ContextTooLong, RequestMalformed
 from isthmus.generation.generator import GenerationRequest
 from isthmus.generation.text import TextCodec
 from isthmus.registry import Registry
-from isthmus.routing import ModelCatalog, ServedModel
+from isthmus.routing import ServedModel
 from isthmus.serving.generations import Generations
 from isthmus.serving.openai.documents import ChatDocuments, CompletionDocuments, CompletionHead, TextDocuments
 from isthmus.serving.openai.models import context_of, generating
 from isthmus.serving.openai.requests import ChatRequestBody, CompletionRequestBody, GenerationBody, read_request
 from isthmus.serving.openai.responses import CompletionJob, CompletionResponder
 from isthmus.serving.request import FunctionRequest
+from isthmus.serving.version_choice import VersionChoice
 from isthmus.settings import RouterSettings
 
 # Tokens where the request names no bound; OpenAI goes on to the end of the context, which takes minutes on a small CPU.
@@ -38,9 +39,9 @@ class CompletionRoutes:
     """Handlers of `POST /v1/chat/completions` and `POST /v1/completions`."""
 
     def __init__(
-        self, settings: RouterSettings, catalog: ModelCatalog, registry: Registry, generations: Generations
+        self, settings: RouterSettings, versions: VersionChoice, registry: Registry, generations: Generations
     ) -> None:
-        self._settings, self._catalog, self._registry = settings, catalog, registry
+        self._settings, self._versions, self._registry = settings, versions, registry
         self._responder = CompletionResponder(settings, generations)
         cache = LRUCache[str, TextCodec](_MAX_CODECS)
         self._codec = cached(cache, key=lambda model: model.digest, lock=threading.Lock())(self._read_codec)
@@ -50,7 +51,9 @@ class CompletionRoutes:
         body = read_request(request, ChatRequestBody)
         if body.top_logprobs and not body.logprobs:
             raise RequestMalformed("top_logprobs needs logprobs: true", parameter="top_logprobs")
-        model = self._model(request, body)
+        return self._respond(request, body, lambda model: self._chat(request, body, model))
+
+    def _chat(self, request: FunctionRequest, body: ChatRequestBody, model: ServedModel) -> Response:
         codec = self._codec(model)
         messages = [message.document() for message in body.messages]
         self._check_length("messages", "".join(message["content"] for message in messages), model, codec)
@@ -64,7 +67,9 @@ class CompletionRoutes:
     def complete(self, request: FunctionRequest) -> Response:
         """A completion of a text."""
         body = read_request(request, CompletionRequestBody)
-        model = self._model(request, body)
+        return self._respond(request, body, lambda model: self._text(request, body, model))
+
+    def _text(self, request: FunctionRequest, body: CompletionRequestBody, model: ServedModel) -> Response:
         codec = self._codec(model)
         if isinstance(body.prompt, str):
             self._check_length("prompt", body.prompt, model, codec)
@@ -120,8 +125,11 @@ class CompletionRoutes:
         if len(begin) < len(text) and (count := len(codec.encode(begin))) >= context:
             raise _too_long(field, f"more than {count}", count, context)
 
-    def _model(self, request: FunctionRequest, body: GenerationBody) -> ServedModel:
-        return generating(self._catalog.get(body.model or self._settings.model, request.context.deadline))
+    def _respond(
+        self, request: FunctionRequest, body: GenerationBody, respond: Callable[[ServedModel], Response]
+    ) -> Response:
+        name = body.model or self._settings.model
+        return self._versions.respond(request, name, lambda model: respond(generating(model)))
 
     def _read_codec(self, model: ServedModel) -> TextCodec:
         """The tokenizer and chat template of a version.

@@ -22,11 +22,11 @@ OUTCOMES = ("stop", "length", "left", "failed")
 class GenerationMetrics:
     """Counts of generations; thread-safe. Without labels of models: a router has few, and names are details.
 
-    `memory` is the budget of boundary tensors that are stored for rebuilds.
+    `memory` is the budget, of `max_bytes`, of boundary tensors that are stored for rebuilds.
     """
 
-    def __init__(self, metrics: FunctionMetrics, memory: MemoryBudget) -> None:
-        self.memory = memory
+    def __init__(self, metrics: FunctionMetrics, max_bytes: int) -> None:
+        self.memory = MemoryBudget(max_bytes)
         self._ended = Counter("isthmus_generations", "Generations that ended.", ["outcome"], registry=None)
         for outcome in OUTCOMES:
             self._ended.labels(outcome)
@@ -59,7 +59,7 @@ class GenerationMetrics:
         metrics.gauge(
             "isthmus_replay_memory_bytes",
             "Memory of the boundary tensors that are stored for rebuilds.",
-            lambda: float(memory.used),
+            lambda: float(self.memory.used),
         )
 
     def began(self, prompt_tokens: int) -> None:

@@ -6,6 +6,7 @@ from flask import Response
 
 from isthmus.codecs import Tables
 from isthmus.processing.image_budget import ImageMemory
+from isthmus.routing import ModelCatalog
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.continuing import Continuer
 from isthmus.serving.explaining import Explainer
@@ -18,23 +19,26 @@ from isthmus.settings import RouterSettings
 
 
 class InferenceRoutes:
-    """The routes, added to `app`; reader, predictor and explainer are the page's as well."""
+    """The routes, added to `app`.
+
+    `versions` serves all inference; reader, predictor and explainer are the page's as well.
+    """
 
     def __init__(
         self,
         app: FunctionApp,
         settings: RouterSettings,
-        versions: VersionChoice,
+        catalog: ModelCatalog,
         predictor: Predictor,
         images: ImageMemory,
         tables: Tables,
     ) -> None:
-        self._versions, self._default = versions, settings.model
+        self.versions, self._default = VersionChoice(catalog), settings.model
         self.predictor = predictor
         self.reader = InferenceReader(settings)
         app.closing.callback(self.reader.close)
         self.explainer = Explainer(settings, predictor, images)
-        continuer = Continuer(versions.catalog, predictor, tables, settings.max_request_bytes)
+        continuer = Continuer(catalog, predictor, tables, settings.max_request_bytes)
         app.post("/", self.answer, "answer")
         app.post("/explain", self.explain, "explain")
         app.post("/continue", continuer.respond, "continue")
@@ -44,7 +48,7 @@ class InferenceRoutes:
 
     def answer(self, request: FunctionRequest) -> Response:
         """A prediction of the model `?model=` for a request of any kind."""
-        return self._versions.respond(
+        return self.versions.respond(
             request,
             self._reference(request),
             lambda model: self.predictor.respond(request, self.reader.read(request, model)),
@@ -52,7 +56,7 @@ class InferenceRoutes:
 
     def infer(self, request: FunctionRequest, name: str, version: str = "") -> Response:
         """Open Inference Protocol: tensors in, tensors out."""
-        return self._versions.respond(
+        return self.versions.respond(
             request,
             self._reference(request, name, version),
             lambda model: self.predictor.respond(request, self.reader.read_tensors(request, model)),
@@ -60,7 +64,7 @@ class InferenceRoutes:
 
     def explain(self, request: FunctionRequest, name: str = "", version: str = "") -> Response:
         """Which parts of a photo or of tokens decided; `?model=` as `answer`, where the path names none."""
-        return self._versions.respond(
+        return self.versions.respond(
             request,
             self._reference(request, name, version),
             lambda model: self.explainer.respond(request, self.reader.read(request, model)),

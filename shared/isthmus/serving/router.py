@@ -17,7 +17,6 @@ from isthmus.serving.openai.api import OpenAIApi
 from isthmus.serving.prediction import Predictor
 from isthmus.serving.preload import load_deadline, open_drafts, open_sessions, parse_entry, preload
 from isthmus.serving.routing_metrics import MeasuredDispatcher, RoutingMetrics
-from isthmus.serving.version_choice import VersionChoice
 from isthmus.settings import RouterSettings
 
 
@@ -70,12 +69,13 @@ class _RouterApp(FunctionApp):
         for close in (dispatcher.close, *(hop.close for hop in hops), tables.close, self._catalog.close, guard.close):
             self.closing.callback(close)
         self.closing.callback(LinkProber({hop.name: hop.watched[0].inner for hop in hops}, estimates).close)
-        versions = VersionChoice(self._catalog)
-        inference = InferenceRoutes(self, settings, versions, predictor, images, tables)
+        inference = InferenceRoutes(self, settings, self._catalog, predictor, images, tables)
         models = ModelRoutes(self, self._catalog, settings)
         StateRoute(self, dispatcher, settings)
         self._drafts = open_drafts(settings, self._registry, hops[0])
-        OpenAIApi(self, settings, versions, self._registry, models.listing, dispatcher, predictor, self._drafts)
+        OpenAIApi(
+            self, settings, inference.versions, self._registry, models.listing, dispatcher, predictor, self._drafts
+        )
         if settings.page:
             from isthmus.serving.page import Page  # templates are for routers with a page alone
 

@@ -14,12 +14,10 @@ from flask import Flask, Response
 from isthmus.admission import Turns, describe_work
 from isthmus.artifacts.bundle import is_digest
 from isthmus.artifacts.tensors import check_types
-from isthmus.context import Deadline
 from isthmus.errors import BundleMismatch, RegistryMissing, RegistryUnavailable, RequestMalformed, RequestTooLarge
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import BakedSegment, open_registry, open_source
 from isthmus.runtime.session_store import bytes_per_token, open_store
-from isthmus.runtime.store import TimedOutputs
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.preload import load_deadline, parse_entry, preload
@@ -95,7 +93,10 @@ class _SegmentApp(FunctionApp):
         # Steps of one token and chunks of a prompt are different work: the adaptive limit compares like with like.
         describe_work(f"{frame.bundle} {frame.segment} {frame.step_tokens.bit_length() or ''}".rstrip())
         with self._other_bundles(frame.bundle):
-            ran = self._ran(frame, request.context.deadline)
+            if (step := frame.step) is None:
+                ran = self._store.run(frame.bundle, frame.segment, frame.tensors, request.context.deadline)
+            else:
+                ran = self._sessions.step(frame.bundle, frame.segment, frame.tensors, step, request.context.deadline)
         request.timings.add("load", ran.load_s)
         request.timings.add("wait", ran.wait_s)
         request.timings.add("run", ran.run_s, f"batch-of-{ran.batch}" if ran.batch > 1 else "")
@@ -115,11 +116,6 @@ class _SegmentApp(FunctionApp):
             is_loaded = self._store.load(wanted.bundle, wanted.segment, request.context.deadline)
         state = {"bundle": wanted.bundle, "segment": wanted.segment, "state": "loaded" if is_loaded else "loading"}
         return Response(msgspec.json.encode(state), 200 if is_loaded else 202, mimetype="application/json")
-
-    def _ran(self, frame: frames.Frame, deadline: Deadline) -> TimedOutputs:
-        if (step := frame.step) is None:
-            return self._store.run(frame.bundle, frame.segment, frame.tensors, deadline)
-        return self._sessions.step(frame.bundle, frame.segment, frame.tensors, step, deadline)
 
     @contextmanager
     def _other_bundles(self, wanted: str) -> Iterator[None]:

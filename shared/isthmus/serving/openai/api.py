@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from flask import Response
 
-from isthmus.admission import MemoryBudget
 from isthmus.registry import Registry
 from isthmus.routing import Dispatcher
 from isthmus.serving.app import FunctionApp
@@ -44,7 +43,7 @@ class OpenAIApi:
         self._settings, self._versions, self._registry = settings, versions, registry
         self._app, self._dispatcher, self._predictor = app, dispatcher, predictor
         # Before the first request too, so that the metrics are there from the start.
-        self._metrics = GenerationMetrics(app.metrics, MemoryBudget(settings.total_replay_bytes))
+        self._metrics = GenerationMetrics(app.metrics, settings.total_replay_bytes)
         self._routes: CompletionRoutes | None = None
         self._embeddings: EmbeddingRoutes | None = None
         self._lock = threading.Lock()

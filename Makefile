@@ -135,5 +135,8 @@ wheels: setup-dev ## ask the package index for a wheel of each of them, for each
 			echo "$$python $(firstword $(MACHINES)) $$file"; \
 			$(WHEELS) $(firstword $(MACHINES)) $$file > /dev/null; done; done
 
+sbom: setup-dev ## a bill of materials of each function's image, CycloneDX, in build/sbom; ARGS="--stack stack.pro.yml"
+	$(BIN)/python deploy/sbom.py $(ARGS)
+
 clean: ## remove what was set up and made here
 	rm -rf $(VENV) .isthmus build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,7 +13,7 @@ CALLERS = [f"caller {i}" for i in range(4000)]
 
 
 def canary(share: float, began: int = 3) -> Canary:
-    return Canary("8", DIGEST, share, began)
+    return Canary(8, DIGEST, share, began)
 
 
 def taken(each: Canary) -> set[str]:

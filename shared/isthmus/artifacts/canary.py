@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from isthmus.artifacts.constraints import Count, Digest, Share, matching
+from isthmus.artifacts.constraints import Count, Digest, Share
 from isthmus.errors import RegistryError
 
 # Names of the rule's fields in the option --rule, and in a message about a field.
@@ -22,9 +22,6 @@ _FIELDS = {
     "latency": "max_latency_ratio",
     "confidence": "confidence",
 }
-
-
-VersionNumber = Annotated[str, matching("[1-9][0-9]{0,17}")]
 
 
 class CanaryRule(Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,7 +47,7 @@ class Canary(Struct, frozen=True, forbid_unknown_fields=True):
     it, so that no caller leaves the canary where the share grows.
     """
 
-    version: VersionNumber
+    version: Annotated[int, Meta(ge=1, le=10**18 - 1)]
     digest: Digest
     share: Annotated[float, Meta(gt=0, lt=1)]
     began: Count

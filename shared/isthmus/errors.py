@@ -179,6 +179,14 @@ class RegistryUnavailable(RegistryError):
     """The registry did not answer, after retries. Facts: `registry`, `blob`."""
 
 
+class ConditionsIgnored(RegistryError):
+    """The store cannot compare before it writes; nothing was published. Facts: `registry`."""
+
+
+class AliasMoved(RegistryError):
+    """Somebody moved the alias first. Facts: `alias`, `counter` (of the present document), `expected`."""
+
+
 class CacheFull(RegistryError):
     """A segment exceeds the local cache, or the space on its disk. Facts: `cache_dir`, `bytes`, `limit`."""
 
@@ -393,6 +401,8 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     Denied: 502,
     Corrupt: 502,
     RegistryUnavailable: 503,
+    ConditionsIgnored: 502,
+    AliasMoved: 409,
     # 507 tells callers that a retry is futile until an operator frees space.
     CacheFull: 507,
     ShapeMismatch: 400,

@@ -19,7 +19,7 @@ ISTHMUS = Path(sys.executable).with_name("isthmus")
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Published:
     published = publish_photos(tmp_path_factory.mktemp("completion"))
-    published.registry.set_alias("photos", "canary", "1")
+    published.registry.move_alias("photos", "canary", "1")
     return published
 
 

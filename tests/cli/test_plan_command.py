@@ -262,7 +262,7 @@ def test_a_version_without_the_plan_does_not_serve_unless_asked(place: Place, me
         True,
     )
     assert registry.resolve("photos").version == newest
-    registry.set_alias("photos", "prod", before)
+    registry.move_alias("photos", "prod", before)
 
 
 @pytest.mark.parametrize(

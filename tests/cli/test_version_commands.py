@@ -64,7 +64,7 @@ def test_alias_and_rollback_say_from_what_to_what(photos: Published) -> None:
 def test_a_rollback_without_an_earlier_version_is_an_error_with_a_hint(photos: Published) -> None:
     result = isthmus("rollback", "photos", "--registry", photos.folder)
     assert result.exit_code == 1
-    assert "isthmus alias photos:NUMBER prod" in result.stderr
+    assert "isthmus promote photos:NUMBER --as prod" in result.stderr
 
 
 def test_rm_refuses_what_serves_and_removes_what_does_not(photos: Published) -> None:

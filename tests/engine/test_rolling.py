@@ -43,7 +43,7 @@ class Site:
 
     def move(self, version: int) -> None:
         published = self.versions[version]
-        published.registry.set_alias("photos", "live", published.version)
+        published.registry.move_alias("photos", "live", published.version)
 
     def roll(self, name: str) -> None:
         """Replace the processes of a function, and wait until the new one is ready."""
@@ -66,7 +66,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("photos")
     first = publish_photos(folder / "first", registry=folder / "registry")
     second = publish_photos(folder / "second", seed=1, registry=folder / "registry")
-    first.registry.set_alias("photos", "live", first.version)
+    first.registry.move_alias("photos", "live", first.version)
     environment = {
         "*": {"threads": "1", "cache_dir": str(folder / "cache"), "deadline_s": "15", "exec_timeout": "20s"},
         "router": {"model": "photos:live", "refresh_s": "0.2"},

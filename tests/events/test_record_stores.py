@@ -17,11 +17,10 @@ from isthmus.events.stores.jetstream import JetStreamRecords
 from isthmus.events.stores.s3 import S3Records
 from isthmus.events.stores.sqlite import SqliteRecords
 from isthmus.registry import RetryPolicy, S3Store
-from support.moto_server import KEY_ID, REGION, SECRET
-from support.moto_server import moto_endpoint as moto_endpoint
+from support.moto_server import REGION
 from support.nats_server import NatsServer
 from support.ports import free_port
-from support.s3_server import S3Server, store_at, unique_prefix
+from support.s3_server import KEY_ID, SECRET, S3Server, store_at, unique_prefix
 from support.s3_server import s3_server as s3_server
 
 HASTE = RetryPolicy(attempts=2, timeout_s=2)

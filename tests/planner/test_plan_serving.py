@@ -236,11 +236,11 @@ def test_a_plan_of_another_version_is_told_of_in_the_log_with_what_to_do(
 ) -> None:
     registry = place.published.registry
     good = place.plan(candidate()).partition(":")[2]
-    registry.set_alias("photos", "live", good)
+    registry.move_alias("photos", "live", good)
     client = ready(place.router("photos:live", refresh_s=0.0))
     older = json.loads(to_json(plan_for(place.published.bundle, candidate("older")))) | OLDER
     bad = with_a_plan_of(place, json.dumps(older).encode()).partition(":")[2]
-    registry.set_alias("photos", "live", bad)
+    registry.move_alias("photos", "live", bad)
 
     def told() -> list[Any]:
         answer(client, photo())
@@ -256,11 +256,11 @@ def test_a_plan_of_another_version_is_told_of_in_the_log_with_what_to_do(
 def test_a_new_version_whose_plan_is_anothers_leaves_the_old_one_serving(place: Place) -> None:
     registry = place.published.registry
     good = place.plan(candidate()).partition(":")[2]
-    registry.set_alias("photos", "live", good)
+    registry.move_alias("photos", "live", good)
     client = ready(place.router("photos:live", refresh_s=0.0))
     plan = plan_for(replace(place.published.bundle, default_cuts=("3",)), candidate("other"))
     bad = with_a_plan_of(place, to_json(plan)).partition(":")[2]
-    registry.set_alias("photos", "live", bad)
+    registry.move_alias("photos", "live", bad)
     for _ in range(3):
         found = json.loads(client.post("/", data=photo()).data)
         assert (found["model_version"], found["route"]["name"]) == (good, "edge-float")

@@ -15,7 +15,7 @@ from support.s3_server import PATIENCE, store_at, unique_prefix
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
     if request.param == "folder":
         return FolderStore(tmp_path / "registry")
-    return store_at(request.getfixturevalue("s3_server").endpoint, unique_prefix())
+    return store_at(request.getfixturevalue("moto_s3").endpoint, unique_prefix())
 
 
 @pytest.fixture

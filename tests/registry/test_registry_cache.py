@@ -17,8 +17,9 @@ from isthmus.errors import CacheFull, Missing, RegistryError, SettingsError
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from support.fake_bundles import Fake, allocated, fill, hold, make_bundle, variant, weights_here
 from support.faulty_relay import Relay, flipped, relaying
+from support.moto_server import Moto
 from support.patience import LONG_S, eventually
-from support.s3_server import PATIENCE, S3Server, store_at, unique_prefix
+from support.s3_server import PATIENCE, store_at, unique_prefix
 
 MIB = 2**20
 SPAWN = multiprocessing.get_context("spawn")
@@ -271,11 +272,11 @@ def test_a_full_disk_names_cache_dir_and_leaves_the_cache_usable(
     assert weights_here(fake, cache.locate(fake.digest, "..1").path, "..1")
 
 
-def test_two_processes_fill_one_cache_and_fetch_nothing_twice(s3_server: S3Server, tmp_path: Path) -> None:
+def test_two_processes_fill_one_cache_and_fetch_nothing_twice(moto_s3: Moto, tmp_path: Path) -> None:
     fake = make_bundle(tmp_path / "f", lengths=[100_000] * 60 + [9 * MIB], cut=30)
     prefix = unique_prefix()
-    Registry(store_at(s3_server.endpoint, prefix), PATIENCE).publish(fake.bundle, fake.files)
-    with relaying(s3_server.port) as relay:
+    Registry(store_at(moto_s3.endpoint, prefix), PATIENCE).publish(fake.bundle, fake.files)
+    with relaying(moto_s3.port) as relay:
         relay.delay_s = 0.05
         workers = start_fills(relay, prefix, tmp_path, fake, [["..1", ".."], ["1..", ".."]])
         for worker in workers:
@@ -288,20 +289,18 @@ def test_two_processes_fill_one_cache_and_fetch_nothing_twice(s3_server: S3Serve
         assert relay.served == served
 
 
-def test_a_process_killed_in_the_middle_leaves_a_cache_that_another_completes(
-    s3_server: S3Server, tmp_path: Path
-) -> None:
+def test_a_process_killed_in_the_middle_leaves_a_cache_that_another_completes(moto_s3: Moto, tmp_path: Path) -> None:
     fake = make_bundle(tmp_path / "f", lengths=[6 * MIB] * 10, cut=0)
     prefix = unique_prefix()
-    Registry(store_at(s3_server.endpoint, prefix), PATIENCE).publish(fake.bundle, fake.files)
-    with relaying(s3_server.port) as relay:
+    Registry(store_at(moto_s3.endpoint, prefix), PATIENCE).publish(fake.bundle, fake.files)
+    with relaying(moto_s3.port) as relay:
         relay.delay_s = 0.3
         (victim,) = start_fills(relay, prefix, tmp_path, fake, [[".."]])
         ledger = tmp_path / "cache" / fake.bundle.weights.blob.digest[7:] / "ledger.json"
         eventually(ledger.exists)
         victim.kill()
         victim.join()
-    with relaying(s3_server.port) as relay:  # answers to the dead may still be on their way through the other one
+    with relaying(moto_s3.port) as relay:  # answers to the dead may still be on their way through the other one
         cache = SegmentCache(Registry(store_at(relay.endpoint, prefix), PATIENCE), tmp_path / "cache", 100 * MIB)
         assert weights_here(fake, cache.locate(fake.digest, "..").path, "..")
         assert relay.served <= 4 * 6 * MIB

@@ -12,11 +12,11 @@ from msgspec.structs import replace
 from isthmus.artifacts.bundle import Blob, digest_of
 from isthmus.errors import Corrupt, Missing, RegistryError, RegistryUnavailable
 from isthmus.registry import BlobStore, Registry
-from isthmus.registry.alias_history import MAX_MOVES, AliasHistory
+from isthmus.registry.aliases import Aliases, Target
 from isthmus.registry.collection import collect, find_garbage, reachable
 from isthmus.registry.content import blob_key
 from isthmus.registry.leases import collect_lease, publish_lease
-from isthmus.registry.versions import move_alias, published_at, remove_model, remove_version, roll_back
+from isthmus.registry.versions import published_at, remove_model, remove_version, roll_back
 from support.fake_bundles import Fake, make_bundle, variant
 from support.s3_server import PATIENCE
 
@@ -50,25 +50,27 @@ def test_an_entry_says_the_length_of_its_content(store: BlobStore) -> None:
 def test_a_move_says_what_the_alias_meant_before(registry: Registry, fake: Fake) -> None:
     registry.publish(fake.bundle, fake.files)
     registry.publish(variant(fake, "2").bundle, {})
-    assert (move_alias(registry, "fake:2", "prod").was, registry.resolve("fake").version) == ("1", "2")
-    assert (move_alias(registry, "fake:prod", "canary").was, registry.resolve("fake:canary").version) == ("", "2")
+    assert registry.move_alias("fake", "prod", "2").before.number == "1"
+    assert registry.resolve("fake").version == "2"
+    assert registry.move_alias("fake", "canary", "2").before.version is None
+    assert registry.resolve("fake:canary").version == "2"
 
 
 def test_a_rollback_goes_back_and_the_next_goes_further_back(registry: Registry, fake: Fake) -> None:
     for note in "1234":
         registry.publish(variant(fake, note).bundle, fake.files, alias="prod")
-    assert roll_back(registry, "fake").version == "3"
+    assert roll_back(registry, "fake").after.number == "3"
     back = roll_back(registry, "fake")
-    assert (back.was, back.version, registry.resolve("fake").version) == ("3", "2", "2")
-    registry.set_alias("fake", "prod", "4")
-    assert roll_back(registry, "fake").version == "2"
+    assert (back.before.number, back.after.number, registry.resolve("fake").version) == ("3", "2", "2")
+    registry.move_alias("fake", "prod", "4")
+    assert roll_back(registry, "fake").after.number == "2"
 
 
 def test_a_rollback_passes_over_versions_that_were_removed(registry: Registry, fake: Fake) -> None:
     for note in "123":
         registry.publish(variant(fake, note).bundle, fake.files, alias="prod")
     remove_version(registry, "fake", "2")
-    assert roll_back(registry, "fake").version == "1"
+    assert roll_back(registry, "fake").after.number == "1"
 
 
 def test_without_an_earlier_version_a_rollback_moves_nothing(registry: Registry, fake: Fake) -> None:
@@ -77,18 +79,17 @@ def test_without_an_earlier_version_a_rollback_moves_nothing(registry: Registry,
     with pytest.raises(Missing) as caught:
         roll_back(registry, "fake")
     assert caught.value.facts["exists"] == ["1", "2"]
-    assert "isthmus alias fake:NUMBER prod" in caught.value.hint
+    assert "isthmus promote fake:NUMBER --as prod" in caught.value.hint
     assert registry.resolve("fake").version == "1"
 
 
-def test_an_alias_keeps_a_bounded_history(store: BlobStore) -> None:
+def test_an_alias_keeps_a_bounded_history(store: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.registry.aliases.MAX_HISTORY", 3)
     store.put("models/fake/aliases/prod", b"1")
-    history = AliasHistory(store, PATIENCE)
-    for number in range(1, MAX_MOVES + 4):
-        history.add("fake", "prod", str(number))
-    earlier = history.earlier("fake", "prod")
-    assert len(earlier) <= MAX_MOVES + 1
-    assert earlier[-1].version == str(MAX_MOVES + 3)
+    aliases = Aliases(store, PATIENCE)
+    for number in range(2, 9):
+        aliases.move("fake", "prod", Target(number, f"sha256:{number:064x}"))
+    assert [(each.counter, each.version) for each in aliases.history("fake", "prod")] == [(6, 7), (5, 6), (4, 5)]
 
 
 def test_a_version_that_an_alias_means_is_not_removed(registry: Registry, fake: Fake) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from isthmus.errors import Corrupt, Denied, IsthmusError, RegistryError, Registr
 from isthmus.registry import Registry, RetryPolicy, SegmentCache
 from support.fake_bundles import Fake, make_bundle, weights_here
 from support.faulty_relay import Fault, Relay, relaying
+from support.moto_server import Moto, moto
 from support.patience import least
 from support.s3_server import PATIENCE, S3Server, store_at, unique_prefix
 
@@ -43,10 +44,10 @@ class Bad:
 
 
 @pytest.fixture
-def bad(s3_server: S3Server, tmp_path: Path) -> Iterator[Bad]:
+def bad(moto_s3: Moto, tmp_path: Path) -> Iterator[Bad]:
     prefix, fake = unique_prefix(), make_bundle(tmp_path / "fake")
-    Registry(store_at(s3_server.endpoint, prefix), PATIENCE).publish(fake.bundle, fake.files)
-    with relaying(s3_server.port) as relay:
+    Registry(store_at(moto_s3.endpoint, prefix), PATIENCE).publish(fake.bundle, fake.files)
+    with relaying(moto_s3.port) as relay:
         yield Bad(relay, prefix, fake, Registry(store_at(relay.endpoint, prefix), PATIENCE))
 
 
@@ -98,10 +99,10 @@ def test_a_lasting_fault_names_the_blob_in_bounded_time(
     assert weights_here(bad.fake, cache.locate(bad.fake.digest, "..").path, "..")
 
 
-def test_a_long_tensor_is_hashed_as_a_whole_and_fetched_again(s3_server: S3Server, tmp_path: Path) -> None:
+def test_a_long_tensor_is_hashed_as_a_whole_and_fetched_again(moto_s3: Moto, tmp_path: Path) -> None:
     prefix, fake = unique_prefix(), make_bundle(tmp_path / "fake", lengths=[17 * 2**20], cut=0)
-    Registry(store_at(s3_server.endpoint, prefix), PATIENCE).publish(fake.bundle, fake.files)
-    with relaying(s3_server.port) as relay:
+    Registry(store_at(moto_s3.endpoint, prefix), PATIENCE).publish(fake.bundle, fake.files)
+    with relaying(moto_s3.port) as relay:
         cache = SegmentCache(Registry(store_at(relay.endpoint, prefix), PATIENCE), tmp_path / "cache", 2**30)
         forget_weights(cache.locate(fake.digest, "..").path)
         relay.spoil("flip")
@@ -122,11 +123,11 @@ def forget_weights(graph: Path) -> None:
 
 
 def test_a_server_that_died_is_unavailable_within_the_bound(tmp_path: Path) -> None:
-    server, fake = S3Server(tmp_path / "own"), make_bundle(tmp_path / "fake")
-    registry = Registry(store_at(server.endpoint, "p"), PATIENCE)
-    registry.publish(fake.bundle, fake.files)
-    SegmentCache(registry, tmp_path / "cache", 2**30).locate(fake.digest, "..1")
-    server.stop()
+    fake = make_bundle(tmp_path / "fake")
+    with moto() as server:
+        registry = Registry(store_at(server.endpoint, "p"), PATIENCE)
+        registry.publish(fake.bundle, fake.files)
+        SegmentCache(registry, tmp_path / "cache", 2**30).locate(fake.digest, "..1")
     hasty = Registry(store_at(server.endpoint, "p", retry_policy=HASTY), HASTY)
     cache = SegmentCache(hasty, tmp_path / "cache", 2**30)
 
@@ -143,7 +144,12 @@ def test_a_server_that_died_is_unavailable_within_the_bound(tmp_path: Path) -> N
         hasty.resolve("fake")
 
 
-def test_a_wrong_key_is_denied_at_once(bad: Bad) -> None:
+def test_a_wrong_key_is_denied_at_once(bad: Bad, s3_server: S3Server) -> None:
+    with relaying(s3_server.port) as relay:
+        check_denied(replace(bad, relay=relay))
+
+
+def check_denied(bad: Bad) -> None:
     registry = Registry(store_at(bad.relay.endpoint, bad.prefix, secret="wrong"), PATIENCE)
     for ask in (lambda: registry.resolve("fake"), lambda: registry.blob(bad.bundle.weights.blob)):
         before = bad.relay.hits

@@ -19,7 +19,8 @@ from isthmus.wire.frame import MAX_TEXT_BYTES, Frame
 from support.bundles import Published, photo, ready, router_settings, segment_settings
 from support.bundles import photos as photos
 from support.fake_bundles import make_bundle
-from support.s3_server import PATIENCE, S3Server, store_at, unique_prefix
+from support.moto_server import Moto
+from support.s3_server import PATIENCE, store_at, unique_prefix
 
 ODD = [
     *("9" * 255, "9" * 256, "1" * 5000, "0", "00", "01", "-1", "+1", "1.0", "1e3", "\u0661", "\u00b2", "1\n", " 1"),
@@ -48,7 +49,7 @@ def registry(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     if request.param == "folder":
         store = FolderStore(folder / "registry", PATIENCE)
     else:
-        server: S3Server = request.getfixturevalue("s3_server")
+        server: Moto = request.getfixturevalue("moto_s3")
         store = store_at(server.endpoint, unique_prefix())  # type: ignore[assignment]
     fake = make_bundle(folder / "fake")
     registry = Registry(store, PATIENCE)
@@ -72,8 +73,8 @@ def test_any_text_is_a_reference_that_is_found_or_missing(text: str, registry_he
         with contextlib.suppress(Missing):
             registry_here.resolve(reference)
     for ask in (
-        lambda: registry_here.set_alias("fake", text, "1"),
-        lambda: registry_here.set_alias("fake", "other", text),
+        lambda: registry_here.move_alias("fake", text, "1"),
+        lambda: registry_here.move_alias("fake", "other", text),
         lambda: registry_here.bundle(text),
         lambda: registry_here.aliases(text),
         lambda: registry_here.documents.profile("fake", text, text, text, max_bytes=9),

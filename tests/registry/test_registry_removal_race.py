@@ -11,7 +11,7 @@ import pytest
 
 from isthmus.errors import Denied, Missing, RegistryError, RegistryUnavailable
 from isthmus.registry import BlobStore, FolderStore, Registry
-from isthmus.registry.versions import move_alias, remove_version, roll_back
+from isthmus.registry.versions import remove_version, roll_back
 from support.fake_bundles import Fake, variant
 from support.s3_server import PATIENCE
 
@@ -46,11 +46,11 @@ def remove_third(registry: Registry) -> None:
 
 
 def move(registry: Registry) -> None:
-    move_alias(registry, "fake:2", "prod")
+    registry.move_alias("fake", "prod", "2")
 
 
 def name_first(registry: Registry) -> None:
-    move_alias(registry, "fake:2", "canary")
+    registry.move_alias("fake", "canary", "2")
 
 
 def back(registry: Registry) -> None:
@@ -86,7 +86,7 @@ def test_no_order_leaves_such_an_alias_in_any_store(
 
 def interleave(first: Callable[[Registry], None], second: Callable[[Registry], None], registry: Registry) -> None:
     """Run the second whole before each call of the first to the store, from the same state each time."""
-    state = {key: registry.store.get(key, max_bytes=256) for key in registry.store.list("models/")}
+    state = {key: registry.store.get(key, max_bytes=2**14) for key in registry.store.list("models/")}
 
     def quietly(run: Callable[[Registry], None], registry: Registry) -> None:
         with suppress(RegistryError):
@@ -117,13 +117,13 @@ def test_a_move_to_a_version_that_goes_meanwhile_leaves_the_alias_as_it_was(publ
             removed = True
             remove(published)
 
-    put = published.store.put
+    put_if_match = published.store.put_if_match
 
     class Late(Interrupted):
-        def put(self, key: str, data: bytes) -> None:
+        def put_if_match(self, key: str, data: bytes, tag: str) -> bool:
             if key.endswith("/aliases/prod"):
                 go()
-            put(key, data)
+            return put_if_match(key, data, tag)
 
     store: Any = Late(published.store, 0, go)
     with pytest.raises(Missing, match="no version '2'"):

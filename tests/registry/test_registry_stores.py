@@ -8,18 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.errors import Corrupt, Denied, Missing, RegistryError, RegistryUnavailable
-from isthmus.registry import BlobStore, FolderStore, S3Store
+from isthmus.errors import ConditionsIgnored, Corrupt, Denied, Missing, RegistryError, RegistryUnavailable
+from isthmus.registry import BlobStore, FolderStore, Registry, S3Store
+from support.fake_bundles import make_bundle
+from support.moto_server import Moto
 from support.ports import free_port
 from support.s3_server import PATIENCE, S3Server, store_at, unique_prefix
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=["folder", "s3_server"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
     if request.param == "folder":
         (tmp_path / "registry").mkdir()
         return FolderStore(tmp_path / "registry")
-    return store_at(request.getfixturevalue("s3_server").endpoint, unique_prefix())
+    return store_at(request.getfixturevalue(request.param).endpoint, unique_prefix())
+
+
+@pytest.fixture(params=["folder", "moto_s3"])
+def comparing(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
+    """Stores that enforce conditional writes."""
+    if request.param == "folder":
+        return FolderStore(tmp_path / "registry")
+    return store_at(request.getfixturevalue(request.param).endpoint, unique_prefix())
 
 
 def test_get_gives_what_was_put(store: BlobStore) -> None:
@@ -97,6 +107,80 @@ def test_put_if_absent_stores_once(store: BlobStore) -> None:
     assert store.get("models/m/versions/1", max_bytes=9) == b"mine"
 
 
+def test_a_tag_is_that_of_the_content(store: BlobStore) -> None:
+    store.put("models/m/aliases/prod", b"1")
+    data, tag = store.get_tagged("models/m/aliases/prod", max_bytes=1)
+    assert (data, tag) == (b"1", store.get_tagged("models/m/aliases/prod", max_bytes=9)[1])
+    store.put("models/m/aliases/prod", b"2")
+    assert store.get_tagged("models/m/aliases/prod", max_bytes=1)[1] != tag
+    with pytest.raises(Missing):
+        store.get_tagged("models/m/aliases/none", max_bytes=1)
+    with pytest.raises(RegistryError, match="exceeds 0 bytes"):
+        store.get_tagged("models/m/aliases/prod", max_bytes=0)
+
+
+def test_put_if_match_replaces_what_was_read_and_nothing_newer(comparing: BlobStore) -> None:
+    key = "models/m/aliases/prod"
+    assert comparing.put_if_match(key, b"1", "") is True
+    assert comparing.put_if_match(key, b"x", "") is False
+    _, tag = comparing.get_tagged(key, max_bytes=9)
+    assert comparing.put_if_match(key, b"2", tag) is True
+    assert comparing.put_if_match(key, b"3", tag) is False
+    assert comparing.get(key, max_bytes=9) == b"2"
+    assert comparing.put_if_match("models/m/aliases/none", b"1", tag) is False
+    assert not comparing.exists("models/m/aliases/none")
+
+
+def test_of_many_that_compare_and_set_at_once_none_is_lost(comparing: BlobStore) -> None:
+    key, gate = "models/m/aliases/prod", threading.Barrier(6)
+    comparing.put(key, b"0")
+
+    def add() -> None:
+        gate.wait()
+        for _ in range(3):
+            while True:
+                data, tag = comparing.get_tagged(key, max_bytes=99)
+                # A name beside the number: equal bytes of two writers would count as one write.
+                if comparing.put_if_match(key, b"%d %d" % (int(data.split()[0]) + 1, threading.get_ident()), tag):
+                    break
+
+    threads = [threading.Thread(target=add) for _ in range(6)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert comparing.get(key, max_bytes=99).split()[0] == b"18"
+
+
+def test_a_write_whose_response_was_lost_is_read_back(moto_s3: Moto) -> None:
+    store = store_at(moto_s3.endpoint, unique_prefix())
+    replace, lose = store.replace, [True]
+
+    def lossy(key: str, data: bytes, etag: str) -> str | None:
+        result = replace(key, data, etag)
+        if lose.pop():
+            lose.append(False)
+            raise RegistryUnavailable("the connection was dropped")
+        lose.append(False)
+        return result
+
+    store.replace = lossy  # type: ignore[method-assign]
+    assert store.put_if_match("models/m/aliases/prod", b"1", "") is True
+    assert store.get("models/m/aliases/prod", max_bytes=9) == b"1"
+
+
+def test_a_store_that_ignores_conditions_is_refused_before_anything_is_published(
+    s3_server: S3Server, tmp_path: Path
+) -> None:
+    store = store_at(s3_server.endpoint, unique_prefix())
+    fake = make_bundle(tmp_path)
+    registry = Registry(store, PATIENCE)
+    with pytest.raises(ConditionsIgnored, match="does not compare before it writes") as caught:
+        registry.publish(fake.bundle, fake.files)
+    assert "MinIO" in caught.value.hint
+    assert store.list("") == []
+
+
 def test_put_file_streams_a_file_of_many_parts(store: BlobStore, tmp_path: Path) -> None:
     path = tmp_path / "big"
     part = hashlib.sha256(b"seed").digest() * 2**15
@@ -133,6 +217,7 @@ def test_a_key_that_could_leave_the_store_is_refused(store: BlobStore, key: str)
         lambda: store.read(key, 0, 1),
         lambda: store.put(key, b""),
         lambda: store.put_if_absent(key, b""),
+        lambda: store.put_if_match(key, b"", "x"),
         lambda: store.size(key),
         lambda: store.delete(key),
     ):

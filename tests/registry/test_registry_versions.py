@@ -13,7 +13,8 @@ from isthmus.errors import Corrupt, Missing, RegistryError, SettingsError
 from isthmus.registry import BlobStore, FolderStore, Registry, Version, open_registry
 from isthmus.settings import RegistrySettings
 from support.fake_bundles import Fake, variant
-from support.s3_server import BUCKET, KEY_ID, PATIENCE, SECRET, S3Server, unique_prefix
+from support.moto_server import Moto
+from support.s3_server import BUCKET, KEY_ID, PATIENCE, SECRET, unique_prefix
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_prod_stays_with_the_first_version_until_it_is_moved(registry: Registry,
     second = registry.publish(variant(fake, "2").bundle, {})
     assert registry.resolve("fake").version == "1"
     assert registry.resolve("fake:2").digest == second.digest
-    registry.set_alias("fake", "prod", "2")
+    registry.move_alias("fake", "prod", "2")
     assert registry.resolve("fake").version == "2"
     third = registry.publish(variant(fake, "3").bundle, {}, alias="canary")
     assert registry.resolve("fake:canary").digest == third.digest
@@ -72,7 +73,7 @@ def test_what_is_missing_is_told_with_what_there_is(registry: Registry, fake: Fa
             registry.resolve(reference)
         assert (caught.value.facts["kind"], caught.value.facts["exists"]) == (kind, exists), reference
     with pytest.raises(Missing, match="no version '2'"):
-        registry.set_alias("fake", "prod", "2")
+        registry.move_alias("fake", "prod", "2")
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "A", "a/b", "a" * 64, "-a", "a:b"])
@@ -162,10 +163,10 @@ def test_what_was_changed_in_the_store_is_corrupt_and_named(store: BlobStore, fa
         Registry(store, PATIENCE).resolve("fake")
 
 
-def test_open_registry_reads_the_secrets_folder(s3_server: S3Server, tmp_path: Path, fake: Fake) -> None:
+def test_open_registry_reads_the_secrets_folder(moto_s3: Moto, tmp_path: Path, fake: Fake) -> None:
     (tmp_path / "s3-access-key-id").write_text(f"{KEY_ID}\n")
     settings = RegistrySettings(
-        registry=f"s3://{BUCKET}/{unique_prefix()}", s3_endpoint=s3_server.endpoint, secrets_dir=str(tmp_path)
+        registry=f"s3://{BUCKET}/{unique_prefix()}", s3_endpoint=moto_s3.endpoint, secrets_dir=str(tmp_path)
     )
     with pytest.raises(SettingsError, match="only one of"):
         open_registry(settings)

@@ -65,7 +65,7 @@ class Scene:
         self.catalog = ModelCatalog(self.registry, refresh_s, logging.getLogger("isthmus"), routes, self)
 
     def move(self, version: int) -> None:
-        self.versions[version].registry.set_alias("photos", "live", self.versions[version].version)
+        self.versions[version].registry.move_alias("photos", "live", self.versions[version].version)
 
     def get(self) -> str:
         return self.catalog.get(REFERENCE, Deadline.after(LONG_S)).version

@@ -49,7 +49,7 @@ Routers = Callable[..., FlaskClient]
 def original(photos: Published) -> Iterator[Published]:
     """The same, and the alias is put back after the test."""
     yield photos
-    photos.registry.set_alias("photos", "prod", "1")
+    photos.registry.move_alias("photos", "prod", "1")
 
 
 @pytest.fixture(scope="module")

@@ -202,7 +202,7 @@ def test_a_new_version_whose_fidelity_another_version_wrote_leaves_the_old_one_s
     photos: Published, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = photos.registry
-    registry.set_alias("photos", "live", photos.version)
+    registry.move_alias("photos", "live", photos.version)
     settings = router_settings(
         photos, tmp_path, ("local",), model="photos:live", codec="sparse/2@0.2+0.4:1000", refresh_s=0.0, guard_share=0.0
     )

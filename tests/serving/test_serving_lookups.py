@@ -175,7 +175,7 @@ def test_a_name_that_is_published_is_found_once_it_is_forgotten(photos: Publishe
     settings = router_settings(photos, tmp_path / "r", ("local",), refresh_s=0.05)
     client = ready(create_router_app(settings).test_client())
     assert client.post("/?model=photos:later", data=photo()).status_code == 404
-    photos.registry.set_alias("photos", "later", "1")
+    photos.registry.move_alias("photos", "later", "1")
     eventually(lambda: client.post("/?model=photos:later", data=photo()).status_code == 200)
 
 

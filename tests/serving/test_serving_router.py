@@ -152,7 +152,7 @@ def test_an_alias_that_moves_brings_the_new_version_after_refresh_s(tmp_path: Pa
     assert quick.post("/", data=photo()).json["model_version"] == "1"
     second = publish_photos(tmp_path / "second", seed=1, registry=first.folder)
     assert second.version == "2"
-    first.registry.set_alias("photos", "prod", "2")
+    first.registry.move_alias("photos", "prod", "2")
     assert until(lambda: quick.post("/", data=photo()).json["model_version"] == "2")
     answer = quick.post("/", data=photo()).json
     assert_classes(answer["classes"], expected_classes(second, photo()))

@@ -65,7 +65,7 @@ class FakeS3:
             return error(400, "BadDigest")
         if "uploadId" in request.query:
             self.uploads[request.query["uploadId"]][int(request.query["partNumber"])] = request.body
-        elif "if-none-match" in request.headers and request.key in self.objects:
+        elif not self._holds(request):
             return error(412, "PreconditionFailed")
         else:
             self.objects[request.key] = request.body
@@ -107,7 +107,15 @@ class FakeS3:
                 return error(416, "InvalidRange")
             part = data[int(found[1]) : int(found[2]) + 1]
             return 206, {"Content-Range": f"bytes {found[1]}-{int(found[1]) + len(part) - 1}/{len(data)}"}, part
-        return 200, {}, data
+        return 200, {"ETag": self._tag(request.key)}, data
+
+    def _holds(self, request: Request) -> bool:
+        if "if-none-match" in request.headers:
+            return request.key not in self.objects
+        return request.headers.get("if-match") in (None, self._tag(request.key))
+
+    def _tag(self, key: str) -> str:
+        return f'"{hashlib.md5(self.objects.get(key, b""), usedforsecurity=False).hexdigest()}"'
 
 
 def error(status: int, code: str, inside: str = "", **headers: str) -> Response:

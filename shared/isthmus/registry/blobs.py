@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import builtins
 import re
+import secrets
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from isthmus.errors import Corrupt, Missing, RegistryError, RegistryMissing, SettingsError
+from isthmus.errors import ConditionsIgnored, Corrupt, Missing, RegistryError, RegistryMissing, SettingsError
+from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.retries import RetryBudget
 
 _KEY_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 """File systems are the narrower limit: S3 would accept more characters and longer names."""
 _MAX_KEY = 900
 """S3 allows 1,024 bytes; the rest is for the prefix of the registry."""
+
+
+PROBES = "leases/probes/"
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,14 @@ class BlobStore(Protocol):
         Raises:
             Missing: no such key or registry.
             RegistryError: longer than `max_bytes`; the rest was not read.
+        """
+        ...
+
+    def get_tagged(self, key: str, *, max_bytes: int) -> tuple[bytes, str]:
+        """All bytes of `key`, and the store's tag of this content (an ETag or digest) for `put_if_match`.
+
+        Raises:
+            As `get`.
         """
         ...
 
@@ -81,6 +95,25 @@ class BlobStore(Protocol):
         """
         ...
 
+    def put_if_match(self, key: str, data: bytes, tag: str, budget: RetryBudget | None = None) -> bool:
+        """Replace the content of `key` if its tag is still `tag`, or, for an empty tag, if the key is absent.
+
+        Each request has its own retries. A write whose response was lost is read back: the result is whether `key`
+        holds `data` by this call's attempts, so that `data` should differ from all earlier content.
+
+        Raises:
+            ConditionsIgnored: the store cannot compare before it writes.
+        """
+        ...
+
+    def require_conditions(self) -> None:
+        """Refuse a store that does not enforce the conditions of `put_if_match`; tried once, by own writes.
+
+        Raises:
+            ConditionsIgnored: the store accepted a write whose condition was false.
+        """
+        ...
+
     def delete(self, key: str) -> None:
         """Remove `key`; no-op if the key is absent."""
         ...
@@ -100,6 +133,24 @@ class BlobStore(Protocol):
             Missing: no such registry.
         """
         ...
+
+
+def probe_conditions(store: BlobStore, retry_policy: RetryPolicy) -> None:
+    """Write to a key of this call's own with true and false conditions.
+
+    Raises:
+        ConditionsIgnored: a write with a false condition was accepted.
+    """
+    key = f"{PROBES}{secrets.token_hex(8)}"
+    try:
+        created = store.put_if_match(key, b"1", "") and not store.put_if_match(key, b"2", "")
+        _, tag = retry_policy(lambda: store.get_tagged(key, max_bytes=16))
+        if not (created and store.put_if_match(key, b"3", tag)) or store.put_if_match(key, b"4", tag):
+            raise conditions_ignored(store.url)
+    finally:
+        # Publishers may lack the right to delete; a collection removes what is left.
+        with suppress(RegistryError):
+            store.delete(key)
 
 
 def check_key(key: str) -> str:
@@ -140,6 +191,15 @@ def missing_registry(registry: str) -> RegistryMissing:
         registry=registry,
         hint="isthmus import makes the folder, a bucket must be there; --registry or ISTHMUS_REGISTRY names another"
         " one, in a function the setting registry",
+    )
+
+
+def conditions_ignored(registry: str) -> ConditionsIgnored:
+    """The error for a store that would let two writers overwrite one another."""
+    return ConditionsIgnored(
+        f"{registry} does not compare before it writes, so that two publishers could lose one another's version",
+        registry=registry,
+        hint="publish to a folder, or to a server with conditional writes (AWS, MinIO, R2, Ceph); reading works here",
     )
 
 

@@ -16,7 +16,7 @@ import msgspec
 
 from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, digest_of
 from isthmus.artifacts.plan import MAX_PLAN_BYTES
-from isthmus.registry.blobs import StoredKey
+from isthmus.registry.blobs import PROBES, StoredKey
 from isthmus.registry.content import blob_key, corrupt
 from isthmus.registry.leases import COLLECT_S, collect_lease
 from isthmus.registry.registry import Registry
@@ -79,6 +79,8 @@ def collect(registry: Registry, older_than_s: float = DAY_S) -> Garbage:
             retry_policy(lambda: store.delete(entry.key))
             return True
 
+        for probe in store.list(PROBES):  # of publishers that were killed, or may not delete
+            retry_policy(lambda probe=probe: store.delete(probe))  # type: ignore[misc]
         removed = sum(in_parallel(remove, garbage.removable))
     return Garbage(garbage.removable, garbage.younger, removed)
 
@@ -93,12 +95,13 @@ def _garbage(registry: Registry, now: datetime, older_than_s: float) -> Garbage:
 
 
 def reachable(registry: Registry) -> set[str]:
-    """The digests of all content that any version reaches.
+    """The digests of all content that any version or alias reaches.
 
     Raises:
         Missing, Corrupt: a version's manifest or plan is not there, or not what was published.
     """
     manifests = [version.digest for name in registry.models() for version in registry.versions(name)]
+    manifests += [digest for name in registry.models() for digest in registry.alias_digests(name)]
     reached, read = set[str](), set[str]()
     while manifests:
         digest = manifests.pop()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import fcntl
+import hashlib
 import os
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ from isthmus.registry.blobs import (
     StoredKey,
     check_key,
     check_range,
+    conditions_ignored,
     ended_early,
     missing_blob,
     missing_registry,
@@ -155,7 +157,7 @@ def _remove_if_abandoned(path: Path) -> None:
         os.close(descriptor)
 
 
-_STAGING = ".staging"
+_STAGING, _LOCKS = ".staging", ".locks"
 _MIN_BYTES_PER_S = 2**20
 """A slower read or write counts as hanging."""
 
@@ -178,6 +180,10 @@ class FolderStore:
         if len(data) > max_bytes:
             raise too_long(self.url, key, max_bytes)
         return data
+
+    def get_tagged(self, key: str, *, max_bytes: int) -> tuple[bytes, str]:
+        data = self.get(key, max_bytes=max_bytes)
+        return data, _tag(data)
 
     def read(self, key: str, start: int, stop: int) -> bytes:
         check_range(start, stop)
@@ -209,6 +215,21 @@ class FolderStore:
             return self._place(key, lambda f: f.write(data), os.link)
 
         return self._retry(lambda: self._bounded(link, key, len(data)), budget)
+
+    def put_if_match(self, key: str, data: bytes, tag: str, budget: RetryBudget | None = None) -> bool:
+        def swap() -> bool:
+            with self._locked(key):
+                present = self._tag(key)
+                # Content equal to `data` is an earlier attempt's, whose time was up before it returned.
+                return present == _tag(data) or (
+                    present == tag and self._place(key, lambda f: f.write(data), os.replace)
+                )
+
+        return self._retry(lambda: self._bounded(swap, key, len(data)), budget)
+
+    def require_conditions(self) -> None:
+        # Nothing to try: each comparison takes a lock, and fails on a share without locks.
+        return
 
     def delete(self, key: str) -> None:
         self._bounded(lambda: self._delete(key), key)
@@ -242,6 +263,39 @@ class FolderStore:
             except FileNotFoundError:
                 return None
 
+    def _tag(self, key: str) -> str:
+        """The tag of the whole content of `key`; empty if the key is absent."""
+        path = self._path(key)
+        with self._errors(key):
+            try:
+                with path.open("rb", buffering=0) as f:
+                    return hashlib.file_digest(f, "sha256").hexdigest()
+            except FileNotFoundError:
+                return ""
+
+    @contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        """Writers that compare have the key to themselves for the block; a killed writer's lock ends with it.
+
+        Source: flock(2): over NFS the lock is the server's, unless the mount has `nolock` or `local_lock`.
+
+        Raises:
+            ConditionsIgnored: a share without locks.
+        """
+        # A bounded number of files: a lock that is removed may be another writer's already.
+        path = self._root / _LOCKS / hashlib.sha256(key.encode()).hexdigest()[:2]
+        with self._errors(key):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError as e:
+                raise conditions_ignored(self.url) from e
+            yield
+        finally:
+            os.close(descriptor)
+
     def _delete(self, key: str) -> None:
         with self._errors(key):
             self._path(key).unlink(missing_ok=True)
@@ -253,7 +307,7 @@ class FolderStore:
             return sorted(
                 (Path(parent) / name).relative_to(self._root).as_posix()
                 for parent, _, names in os.walk(folder)
-                if not Path(parent).is_relative_to(self._root / _STAGING)
+                if not any(Path(parent).is_relative_to(self._root / own) for own in (_STAGING, _LOCKS))
                 for name in names
             )
 
@@ -311,6 +365,10 @@ class FolderStore:
             ) from e
         except OSError as e:
             raise RegistryUnavailable(f"{self.url} failed for {key}: {e}", registry=self.url, blob=key) from e
+
+
+def _tag(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from isthmus.artifacts import bundle as manifest
+from isthmus.artifacts.alias import Alias
 from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, is_digest, is_model_name
-from isthmus.errors import Corrupt, Missing, RegistryError, RegistryUnavailable
-from isthmus.registry.alias_history import AliasHistory
+from isthmus.artifacts.canary import Canary
+from isthmus.errors import AliasMoved, Corrupt, Missing, RegistryError, RegistryMissing, RegistryUnavailable
+from isthmus.registry.aliases import PROD, Aliases, Move, Target, check_alias
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.content import Bundles, Upload, blob_key, check_weights, corrupt, read_manifest
 from isthmus.registry.leases import publish_lease
 from isthmus.registry.retry_policy import RetryPolicy, in_parallel
 from isthmus.retries import RetryBudget
-
-PROD = "prod"
-"""The alias of a bare model name; the first version of a model receives this alias."""
 
 MAX_BLOB_BYTES = 64 * 2**20
 """Bound on a blob in memory. Weights exceed this bound and are read by ranges."""
@@ -44,12 +44,16 @@ class Version:
 
 @dataclass(frozen=True)
 class Resolved:
-    """The target of a model reference at the time of the look-up; an alias may move later."""
+    """The target of a model reference at the time of the look-up; an alias may move later.
+
+    `alias` is the document of the alias in the reference; None for a number, and for a name without the alias prod.
+    """
 
     name: str
     version: str
     digest: str
     bundle: Bundle
+    alias: Alias | None = None
 
 
 class Registry:
@@ -60,6 +64,7 @@ class Registry:
         self.retry_policy = retry_policy or RetryPolicy()
         self._bundles = Bundles()
         self.documents = Documents(store, self.retry_policy)
+        self._aliases = Aliases(store, self.retry_policy)
 
     @property
     def url(self) -> str:
@@ -81,19 +86,20 @@ class Registry:
         Raises:
             Missing: content neither in `files` nor in the registry, or the version was removed meanwhile.
             Corrupt: a file does not hash to its digest; no reference to earlier uploads exists.
+            ConditionsIgnored: the store does not enforce conditional writes; nothing was written.
         """
         if alias is not None:
             check_alias(alias)
         data = self._checked(bundle)
+        self._store.require_conditions()
         with publish_lease(self._store, self.retry_policy):
             self._upload(bundle, data, files)
             budget = self.retry_policy.budget()
             version, first = self._number(bundle.name, manifest.digest_of(data), budget)
             if first:
-                self._store.put_if_absent(f"models/{bundle.name}/aliases/{PROD}", version.version.encode(), budget)
-                self._undo_if_withdrawn(bundle.name, PROD, version.version, "")
+                self._name_first(version)
         if alias is not None:
-            self.set_alias(bundle.name, alias, version.version)
+            self.move_alias(bundle.name, alias, version.version)
         return version
 
     def stage(self, bundle: Bundle, files: Mapping[str, Path]) -> str:
@@ -133,12 +139,14 @@ class Registry:
         # `NAME:01` is neither a version nor an alias; a look-up would miss a leading zero or build an overlong key.
         if _is_digits(selector) and not _is_number(selector):
             raise self._missing(name, "version", selector, self._numbers(name))
-        number = selector if _is_number(selector) else self._alias(name, selector)
+        alias = None if _is_number(selector) else self._alias(name, selector)
+        number = selector if _is_number(selector) else (alias and alias.number) or self._numbers(name)[-1]
         try:
-            digest = self._digest(name, number)
+            # The alias's document is one write: its version and digest cannot disagree.
+            digest = (alias and alias.digest) or self._digest(name, number)
         except Missing:
             raise self._missing(name, "version", number, self._numbers(name)) from None
-        return Resolved(name, number, digest, self.bundle(digest))
+        return Resolved(name, number, digest, self.bundle(digest), alias)
 
     def models(self) -> list[str]:
         """Names of all models with at least one version."""
@@ -153,41 +161,85 @@ class Registry:
         """
         return [Version(name, number, self._digest(name, number)) for number in self._numbers(name)]
 
+    def alias(self, name: str, alias: str) -> Alias:
+        """The document of an alias.
+
+        Raises:
+            Missing: no such model or alias; facts list the existing names.
+        """
+        try:
+            return self._aliases.get(name, alias)
+        except RegistryMissing:
+            raise
+        except Missing:
+            self._numbers(name)
+            raise self._missing(name, "alias", alias, sorted(self.aliases(name))) from None
+
     def aliases(self, name: str) -> dict[str, str]:
         """The aliases of a model, with the version number of each."""
         self._check_name(name)
-        prefix = f"models/{name}/aliases/"
-        keys = self._store.list(prefix)
-        return {key.removeprefix(prefix): self._pointer(key) for key in keys}
+        return {alias: document.number for alias, document in self._aliases.all(name).items()}
 
-    def set_alias(self, name: str, alias: str, version: str) -> None:
-        """Move `alias` to `version`, atomically.
+    def alias_digests(self, name: str) -> set[str]:
+        """The digests that the model's aliases name, canaries' included."""
+        documents = self._aliases.all(name).values()
+        canaries = {document.canary.digest for document in documents if document.canary is not None}
+        return canaries | {document.digest for document in documents if document.digest}
+
+    def alias_history(self, name: str, alias: str) -> list[Alias]:
+        """The documents of an alias before the present one, newest first: at most MAX_HISTORY.
 
         Raises:
-            Missing: the model has no such version.
+            As `alias`.
+        """
+        self.alias(name, alias)
+        return self._aliases.history(name, alias)
+
+    def move_alias(
+        self,
+        name: str,
+        alias: str,
+        version: str,
+        *,
+        canary: Canary | None = None,
+        restores: int | None = None,
+        moved_by: str = "",
+        expected: int | None = None,
+    ) -> Move:
+        """Let `alias` mean `version`, by compare-and-set: moves at the same time happen one after the other.
+
+        `restores` is the counter of the move that a rollback goes back to. With `expected`, the alias moves only if
+        its counter is still this one; 0 for an alias that never was.
+
+        Raises:
+            Missing: no such version, or removed meanwhile; the alias means what it meant before.
+            AliasMoved: the counter is not `expected`.
+            ConditionsIgnored: the store does not enforce conditional writes.
+            RegistryUnavailable: the version is being removed; the alias means what it meant before.
             RegistryError: `alias` is malformed, or only digits.
         """
         check_alias(alias)
         numbers = self._numbers(name)
         if version not in numbers:
             raise self._missing(name, "version", version, numbers)
-        earlier = self.aliases(name).get(alias, "")
-        # Before the move: a rollback skips the entry of a move that failed, but could not know of a missing entry.
-        if _is_number(earlier) and earlier != version:
-            AliasHistory(self._store, self.retry_policy).add(name, alias, earlier)
-        self.point_alias(name, alias, version)
+        target = Target(int(version), self._digest(name, version), canary, restores)
+        move = self._aliases.move(name, alias, target, moved_by=moved_by, expected=expected)
+        self._undo_if_withdrawn(move)
+        return move
 
-    def point_alias(self, name: str, alias: str, version: str) -> None:
-        """Let `alias` mean the existing number `version`, without an entry in the alias's history.
+    def remove_aliases(self, name: str, *, moved_by: str = "") -> None:
+        """Remove all aliases of a model. Their counters go on, should the model get aliases again."""
+        for alias in self._aliases.all(name):
+            self._aliases.move(name, alias, Target(None, None), moved_by=moved_by)
 
-        Raises:
-            Missing: the version was removed meanwhile; the alias means what it meant before.
-            RegistryUnavailable: the version is being removed; likewise.
-        """
-        before = self.aliases(name).get(alias, "")
-        if before != version:
-            self._put(f"models/{name}/aliases/{alias}", version)
-            self._undo_if_withdrawn(name, alias, version, before)
+    def _name_first(self, version: Version) -> None:
+        """Let prod mean a model's first version, unless prod means a version."""
+        first = Target(int(version.version), version.digest)
+
+        def target(present: Alias) -> Target:
+            return first if present.version is None else Target(present.version, present.digest, present.canary)
+
+        self._undo_if_withdrawn(self._aliases.move(version.name, PROD, target))
 
     def withdraw(self, name: str, number: str) -> None:
         """Remove a version that no alias means; a marker keeps its number from being given again.
@@ -209,28 +261,30 @@ class Registry:
             raise
 
     def _refuse_meant(self, name: str, number: str) -> None:
-        if aliases := sorted(alias for alias, meant in self.aliases(name).items() if meant == number):
+        if aliases := sorted(alias for alias, each in self._aliases.all(name).items() if number in each.versions):
             raise RegistryError(
                 f"{name}:{number} is what {' and '.join(aliases)} mean{'s' * (len(aliases) == 1)}",
                 registry=self.url,
-                hint=f"let another version be that first: isthmus alias {name}:NUMBER {aliases[0]}",
+                hint=f"let another version be that first: isthmus promote {name}:NUMBER --as {aliases[0]}",
             )
 
-    def _undo_if_withdrawn(self, name: str, alias: str, version: str, before: str) -> None:
-        """Let an alias mean `before` again (empty for nothing) if the version that it was moved to is removed."""
-        if not self._is_withdrawn(name, version):
+    def _undo_if_withdrawn(self, move: Move) -> None:
+        """Let an alias mean what it meant before if a version that it was moved to is removed."""
+        name, before = move.after.name, move.before
+        gone = next((number for number in sorted(move.after.versions) if self._is_withdrawn(name, number)), None)
+        if not move.moved or gone is None:
             return
         # The version before may have been removed too, once the alias had left it.
-        if before:
-            self._put(f"models/{name}/aliases/{alias}", before)
-        if not before or self._is_withdrawn(name, before):
-            self.retry_policy(lambda: self._store.delete(f"models/{name}/aliases/{alias}"))
-        if not self._has_version(name, version):
-            raise self._missing(name, "version", version, self._numbers(name))
+        lost = any(self._is_withdrawn(name, number) for number in before.versions)
+        back = Target(None, None) if lost else Target(before.version, before.digest, before.canary, before.restores)
+        with suppress(AliasMoved):  # somebody moved the alias on, and looks for themselves
+            self._aliases.move(name, move.after.alias, back, moved_by="isthmus", expected=move.after.counter)
+        if not self._has_version(name, gone):
+            raise self._missing(name, "version", gone, self._numbers(name))
         raise RegistryUnavailable(
-            f"{name}:{version} is being removed",
+            f"{name}:{gone} is being removed",
             registry=self.url,
-            hint=f"a removal that was interrupted is finished by: isthmus rm {name}:{version}",
+            hint=f"a removal that was interrupted is finished by: isthmus rm {name}:{gone}",
         )
 
     def _is_withdrawn(self, name: str, number: str) -> bool:
@@ -349,20 +403,16 @@ class Registry:
             registry=self.url,
         )
 
-    def _alias(self, name: str, alias: str) -> str:
+    def _alias(self, name: str, alias: str) -> Alias | None:
+        """The document of an alias; of an empty one, prod's or None."""
         try:
-            if not alias or is_alias(alias):
-                key = f"models/{name}/aliases/{alias or PROD}"
-                number = self._pointer(key)
-                if not _is_number(number):
-                    raise Corrupt(f"{key} in {self.url} holds no version's number", registry=self.url, blob=key)
-                return number
+            return self.alias(name, alias or PROD)
+        except RegistryMissing:
+            raise
         except Missing:
-            pass
-        numbers = self._numbers(name)
-        if not alias:
-            return numbers[-1]
-        raise self._missing(name, "alias", alias, sorted(self.aliases(name)))
+            if alias:
+                raise
+            return None
 
     def _missing(self, name: str, kind: str, what: str, exists: list[str]) -> Missing:
         what = _shown(what)
@@ -381,11 +431,6 @@ class Registry:
         )
 
 
-def is_alias(text: str) -> bool:
-    """Whether `text` is a valid alias: a valid model name, not only digits (which denote version numbers)."""
-    return is_model_name(text) and not _is_digits(text)
-
-
 def _is_number(text: str) -> bool:
     """A positive integer without leading zeros, since the text becomes part of a key."""
     return _is_digits(text) and len(text) <= _MAX_DIGITS and text[0] != "0"
@@ -397,18 +442,6 @@ def _is_digits(text: str) -> bool:
 
 def _shown(text: str) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
-
-
-def check_alias(text: str) -> None:
-    """Refuse a malformed alias.
-
-    Raises:
-        RegistryError: `is_alias` is false.
-    """
-    if not is_alias(text):
-        raise RegistryError(
-            f"{_shown(text)!r} cannot be an alias: 1 to 63 of a-z, 0-9, '.', '_' and '-', not only digits"
-        )
 
 
 class Documents:

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from isthmus.errors import Denied, RegistryError, RegistryUnavailable, SettingsError
+from isthmus.errors import Denied, Missing, RegistryError, RegistryUnavailable, SettingsError
 from isthmus.registry.blobs import (
     StoredKey,
     check_key,
     check_range,
+    conditions_ignored,
     ended_early,
     missing_blob,
     missing_registry,
+    probe_conditions,
     too_long,
 )
 from isthmus.registry.retry_policy import MAX_PARALLEL_REQUESTS, RetryPolicy, in_parallel
@@ -86,6 +88,7 @@ class S3Store:
         self._retry = retry_policy or RetryPolicy()
         self._connection: Any = None
         self._thread = threading.local()
+        self._conditions_enforced = False
 
     def close(self) -> None:
         """Close idle connections."""
@@ -99,12 +102,15 @@ class S3Store:
         return f"s3://{self._bucket}/{self._prefix}".rstrip("/")
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
+        return self.get_tagged(key, max_bytes=max_bytes)[0]
+
+    def get_tagged(self, key: str, *, max_bytes: int) -> tuple[bytes, str]:
         with self._errors(key):
             response = self._client().get_object(**self._at(key))
             if response["ContentLength"] > max_bytes:
                 response["Body"].close()
                 raise too_long(self.url, key, max_bytes)
-            return self._body(key, response["Body"], response["ContentLength"])
+            return self._body(key, response["Body"], response["ContentLength"]), str(response.get("ETag", ""))
 
     def read(self, key: str, start: int, stop: int) -> bytes:
         check_range(start, stop)
@@ -207,23 +213,18 @@ class S3Store:
                 self._client().put_object(**self._at(key), **_body_of(data))
         return True
 
-    def versioned(self, key: str, *, max_bytes: int) -> tuple[bytes, str] | None:
-        """The bytes of `key` and their ETag; None where absent.
+    def put_if_match(self, key: str, data: bytes, tag: str, budget: RetryBudget | None = None) -> bool:
+        if self._retry(lambda: self.replace(key, data, tag), budget) is not None:
+            return True
+        try:
+            return self._retry(lambda: self.get(key, max_bytes=max(len(data), 2**20)), budget) == data
+        except Missing:
+            return False
 
-        Raises:
-            RegistryError: longer than `max_bytes`.
-        """
-        with self._errors(key):
-            try:
-                response = self._client().get_object(**self._at(key))
-            except self._client().exceptions.ClientError as e:
-                if e.response["Error"]["Code"] == "NoSuchKey":
-                    return None
-                raise
-            if response["ContentLength"] > max_bytes:
-                response["Body"].close()
-                raise too_long(self.url, key, max_bytes)
-            return self._body(key, response["Body"], response["ContentLength"]), response["ETag"]
+    def require_conditions(self) -> None:
+        if not self._conditions_enforced:
+            probe_conditions(self, self._retry)
+            self._conditions_enforced = True
 
     def replace(self, key: str, data: bytes, etag: str) -> str | None:
         """Store `data` where `key` has that ETag, or, for an empty one, where it is absent; the new ETag, else None.
@@ -238,6 +239,8 @@ class S3Store:
                 # 404: If-Match of a key that is gone.
                 if _status(e) in (412, 404) and e.response["Error"]["Code"] != "NoSuchBucket":
                     return None
+                if _status(e) == 501:
+                    raise conditions_ignored(self.url) from e
                 raise
 
     def delete(self, key: str) -> None:

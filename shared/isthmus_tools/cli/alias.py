@@ -11,7 +11,7 @@ from isthmus_tools.cli.console import FOLLOWING, errors, print_json, say, say_co
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
 if TYPE_CHECKING:
-    from isthmus.registry.versions import AliasMove
+    from isthmus.registry.aliases import Move
 
 
 def alias(
@@ -36,34 +36,36 @@ def alias(
     Example: `isthmus alias efficientnet-lite0:3 prod`
     """
     from isthmus.registry import open_registry
-    from isthmus.registry.versions import move_alias
 
     with errors(as_json):
-        show_move(move_alias(open_registry(registry_settings(registry)), model, name), registry, as_json)
+        store = open_registry(registry_settings(registry))
+        version = store.resolve(model)
+        show_move(store.move_alias(version.name, name, version.version), registry, as_json)
 
 
-def show_move(move: AliasMove, registry: str, as_json: bool) -> None:
+def show_move(move: Move, registry: str, as_json: bool) -> None:
     """Print the versions before and after an alias's move, and the command of the undo."""
-    option = "" if move.alias == "prod" else f" --alias {move.alias}"
-    moved = move.was != move.version
+    after, was, moved = move.after, move.before.number, move.moved
+    option = "" if after.alias == "prod" else f" --alias {after.alias}"
     # rollback moves prod unless told otherwise, and has nowhere to go where the alias meant nothing before.
-    undo = f"isthmus rollback {move.name}{option}" if moved and move.was else f"isthmus show {move.name}"
+    undo = f"isthmus rollback {after.name}{option}" if moved and was else f"isthmus show {after.name}"
     undo = in_registry(undo, registry)
     if as_json:
         document: dict[str, Any] = {
-            "name": move.name,
-            "alias": move.alias,
-            "version": move.version,
-            "alias_was": move.was,
+            "name": after.name,
+            "alias": after.alias,
+            "version": after.number,
+            "counter": after.counter,
+            "alias_was": was,
             "alias_moved": moved,
             "next": undo,
         }
         print_json(document)
         return
     if not moved:
-        say(f"{move.alias} means {move.name}:{move.version}, as before")
+        say(f"{after.alias} means {after.name}:{after.number}, as before")
     else:
-        before = f"; it meant {move.name}:{move.was}" if move.was else ""
-        say(f"{move.alias} means {move.name}:{move.version} now{before}")
+        before = f"; it meant {after.name}:{was}" if was else ""
+        say(f"{after.alias} means {after.name}:{after.number} now{before}")
         say(FOLLOWING)
-    say_command("to go back" if moved and move.was else "next", undo)
+    say_command("to go back" if moved and was else "next", undo)

@@ -75,7 +75,7 @@ def calibrate(
 
     Example: `isthmus calibrate efficientnet-lite0 --data photos --cut 65`, `isthmus calibrate smollm2 --text a.txt`
     """
-    from isthmus.registry.registry import check_alias
+    from isthmus.registry.aliases import check_alias
     from isthmus_tools.calibration.inputs import list_files
     from isthmus_tools.usecases import calibrate as use_case
     from isthmus_tools.usecases.codec_choice import best_entry

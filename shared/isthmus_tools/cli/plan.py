@@ -120,7 +120,7 @@ def plan(
     --objective per-token --prompt 512 --tokens 128 --sessions 8 --uplink 4mbit --rtt 20ms --local`
     """
     from isthmus.artifacts.conditions import Conditions, Constraints, check_objective
-    from isthmus.registry.registry import check_alias
+    from isthmus.registry.aliases import check_alias
     from isthmus_tools.cli import plan_text
     from isthmus_tools.cli.inputs import read_tensors
     from isthmus_tools.planner.costs import read_prices

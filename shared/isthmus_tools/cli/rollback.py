@@ -28,19 +28,21 @@ def rollback(
     with errors(as_json):
         move = roll_back(open_registry(registry_settings(registry)), model, alias)
         # Not by rollback: another one goes further back.
-        undo = in_registry(f"isthmus alias {move.name}:{move.was} {move.alias}", registry)
+        after, was = move.after, move.before.number
+        undo = in_registry(f"isthmus alias {after.name}:{was} {after.alias}", registry)
         if as_json:
             print_json(
                 {
-                    "name": move.name,
-                    "alias": move.alias,
-                    "version": move.version,
-                    "alias_was": move.was,
+                    "name": after.name,
+                    "alias": after.alias,
+                    "version": after.number,
+                    "counter": after.counter,
+                    "alias_was": was,
                     "alias_moved": True,
                     "next": undo,
                 }
             )
             return
-        say(f"{move.alias} means {move.name}:{move.version} again; it meant {move.name}:{move.was}")
+        say(f"{after.alias} means {after.name}:{after.number} again; it meant {after.name}:{was}")
         say(FOLLOWING)
         say_command("to undo", undo)

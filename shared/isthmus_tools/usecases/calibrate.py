@@ -15,7 +15,7 @@ from isthmus.artifacts.fidelity import Fidelity, measure_for, read_fidelity
 from isthmus.errors import CalibrationError
 from isthmus.generation import TextCodec
 from isthmus.registry import Registry, Resolved, open_cache, open_registry
-from isthmus.registry.registry import check_alias
+from isthmus.registry.aliases import check_alias
 from isthmus.runtime.session_store import open_store
 from isthmus.settings import RegistrySettings, SegmentSettings
 from isthmus_tools.calibration import calibrate as calibration

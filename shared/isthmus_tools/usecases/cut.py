@@ -10,7 +10,7 @@ from pathlib import Path
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.registry import open_cache, open_registry
-from isthmus.registry.registry import check_alias
+from isthmus.registry.aliases import check_alias
 from isthmus.settings import RegistrySettings
 from isthmus_tools.graph import CutInfo, Model, add_cuts, cuts, open_model
 from isthmus_tools.graph.cuts import default_cuts, within_quantised_operators

@@ -15,7 +15,7 @@ from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import LocalError, ModelError
 from isthmus.generation import TextCodec
 from isthmus.registry import open_cache, open_registry
-from isthmus.registry.registry import check_alias
+from isthmus.registry.aliases import check_alias
 from isthmus.runtime.session_store import open_store
 from isthmus.settings import RegistrySettings, SegmentSettings
 from isthmus_tools.calibration.exit_training import ExitAgreement, fit_branch, observe, passage_prompts, write_on

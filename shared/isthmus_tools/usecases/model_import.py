@@ -13,7 +13,7 @@ from typing import Any
 from isthmus.artifacts.bundle import Bundle, is_model_name
 from isthmus.errors import Missing, ModelError
 from isthmus.registry import Version, open_registry
-from isthmus.registry.registry import check_alias
+from isthmus.registry.aliases import check_alias
 from isthmus.settings import RegistrySettings
 from isthmus_tools.graph import build
 from isthmus_tools.graph.decoder.bundler import build_decoder

@@ -13,7 +13,7 @@ from isthmus.artifacts.fidelity import Fidelity, read_fidelity
 from isthmus.artifacts.plan import Plan, read_plan
 from isthmus.errors import CalibrationError, Missing, PlanMalformed, PlanMismatch
 from isthmus.registry import Registry, Resolved, Version, open_registry
-from isthmus.registry.registry import check_alias
+from isthmus.registry.aliases import check_alias
 from isthmus.settings import RegistrySettings
 from isthmus.units import format_duration, format_rate
 from isthmus_tools.planner.candidates import CandidateSet

@@ -11,7 +11,7 @@ from isthmus.artifacts.fidelity import read_fidelity
 from isthmus.artifacts.plan import Plan, read_plan
 from isthmus.errors import CalibrationError, Missing, PlanMalformed, PlanMismatch
 from isthmus.registry import Registry
-from isthmus.registry.registry import PROD
+from isthmus.registry.aliases import PROD
 from isthmus.registry.versions import published_at
 from isthmus_tools.usecases.language import LanguageFacts, language_facts
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from uuid import uuid4
 
-from isthmus.errors import ConfigurationMalformed, Missing, RegistryError, ResultStoreUnavailable
+from isthmus.errors import ConfigurationMalformed, Missing, RegistryError, RegistryMissing, ResultStoreUnavailable
 from isthmus.events.records import MAX_RECORD_BYTES, Stored
 from isthmus.registry import RetryPolicy, S3Store
 
@@ -79,10 +79,18 @@ class S3Records:
 
     def _read(self, key: str) -> Stored | None:
         with self._translated():
-            found = self._retry(
-                lambda: self._store.versioned(f"{_PREFIX}/{key}", max_bytes=MAX_RECORD_BYTES + _NONCE_BYTES)
-            )
+            found = self._found(key)
         return None if found is None else Stored(found[0][_NONCE_BYTES:], found[1])
+
+    def _found(self, key: str) -> tuple[bytes, str] | None:
+        try:
+            return self._retry(
+                lambda: self._store.get_tagged(f"{_PREFIX}/{key}", max_bytes=MAX_RECORD_BYTES + _NONCE_BYTES)
+            )
+        except RegistryMissing:
+            raise
+        except Missing:
+            return None
 
     def _replace(self, key: str, value: bytes, version: str) -> str | None:
         data = uuid4().bytes + value
@@ -91,9 +99,7 @@ class S3Records:
             if etag is not None:
                 return etag
             # The first try may have been stored although its response was lost; the nonce tells.
-            found = self._retry(
-                lambda: self._store.versioned(f"{_PREFIX}/{key}", max_bytes=MAX_RECORD_BYTES + _NONCE_BYTES)
-            )
+            found = self._found(key)
         return found[1] if found is not None and found[0] == data else None
 
     def _listed(self) -> list[tuple[str, int, float]]:

@@ -1,0 +1,217 @@
+"""Aliases of models: read, moved by compare-and-set, and the history of their documents.
+
+A move stores the present document under its counter in the history, then replaces the document if nobody did so
+meanwhile. So the history is linear and without gaps whatever is killed: the document of every counter but the present
+one's is in it.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from isthmus.artifacts import alias as documents
+from isthmus.artifacts.alias import MAX_ALIAS_BYTES, Alias
+from isthmus.artifacts.bundle import is_model_name
+from isthmus.artifacts.canary import Canary
+from isthmus.errors import AliasMoved, Corrupt, Missing, RegistryError, RegistryMissing, RegistryUnavailable
+from isthmus.registry.blobs import BlobStore
+from isthmus.registry.retry_policy import RetryPolicy
+
+PROD = "prod"
+"""The alias of a bare model name; the first version of a model receives this alias."""
+MAX_HISTORY = 500
+"""Documents kept of one alias beside the present one; older ones are removed."""
+# Each of many simultaneous moves of one alias succeeds before the next: a minute is hundreds of moves.
+_CONTEND_S = 60.0
+_PAUSE_S = 0.05
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an alias shall mean: a version, its digest, and perhaps a canary; no version for nothing.
+
+    `restores` is the counter of the document that a rollback goes back to.
+    """
+
+    version: int | None
+    digest: str | None
+    canary: Canary | None = None
+    restores: int | None = None
+
+
+@dataclass(frozen=True)
+class Move:
+    """The documents of an alias before and after; the same one where the alias had the target already."""
+
+    before: Alias
+    after: Alias
+
+    @property
+    def moved(self) -> bool:
+        """Whether this call moved the alias."""
+        return self.before != self.after
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A document with its bytes in the store and their tag."""
+
+    document: Alias
+    data: bytes
+    tag: str
+
+
+class Aliases:
+    """The aliases in a store; thread-safe and process-safe."""
+
+    def __init__(self, store: BlobStore, retry_policy: RetryPolicy) -> None:
+        self._store, self._retry = store, retry_policy
+
+    def get(self, name: str, alias: str) -> Alias:
+        """The document of an alias.
+
+        Raises:
+            Missing: no such alias, or a removed one.
+            Corrupt: the key holds no alias document.
+        """
+        if is_model_name(name) and is_alias(alias):
+            document = self._present(name, alias).document
+            if document.version is not None:
+                return document
+        raise Missing(
+            f"model {name[:80]} has no alias {alias[:80]!r}",
+            kind="alias",
+            name=alias[:80],
+            exists=[],
+            registry=self._store.url,
+        )
+
+    def all(self, name: str) -> dict[str, Alias]:
+        """The aliases of a model, without the removed ones."""
+        prefix = f"models/{name}/aliases/"
+        found = {}
+        for alias in (key.removeprefix(prefix) for key in self._store.list(prefix)):
+            with suppress(Missing):
+                found[alias] = self.get(name, alias)
+        return found
+
+    def move(
+        self,
+        name: str,
+        alias: str,
+        target: Target | Callable[[Alias], Target],
+        *,
+        moved_by: str = "",
+        expected: int | None = None,
+    ) -> Move:
+        """Let an alias have the target; a target that the alias has already is no move.
+
+        A function as the target gets the present document, again after each move by somebody else. `expected` is the
+        counter that the present document must have (0 for an alias that never was).
+
+        Raises:
+            AliasMoved: the counter is not `expected`.
+            ConditionsIgnored: the store does not enforce conditional writes.
+            RegistryUnavailable: others move the alias all the time.
+        """
+        self._store.require_conditions()
+        deadline = time.monotonic() + _CONTEND_S
+        while time.monotonic() < deadline:
+            present = self._present(name, alias)
+            before = present.document
+            if expected is not None and before.counter != expected:
+                raise AliasMoved(
+                    f"{name}:{alias} was moved meanwhile{f' by {before.moved_by}' if before.moved_by else ''}: its"
+                    f" counter is {before.counter}, not {expected}",
+                    registry=self._store.url,
+                    alias=f"{name}:{alias}",
+                    counter=before.counter,
+                    expected=expected,
+                )
+            wanted = target(before) if callable(target) else target
+            if (before.version, before.digest, before.canary) == (wanted.version, wanted.digest, wanted.canary):
+                return Move(before, before)
+            after = self._after(before, wanted, moved_by)
+            if self._swap(present, after):
+                return Move(before, after)
+            time.sleep(random.uniform(0, _PAUSE_S))  # noqa: S311 - writers shall not meet again, nothing is secret
+        raise RegistryUnavailable(
+            f"{name}:{alias} was moved by others for {_CONTEND_S:g} s", registry=self._store.url, blob=alias
+        )
+
+    def history(self, name: str, alias: str) -> list[Alias]:
+        """The documents of an alias before the present one, newest first."""
+        counters = sorted(self._counters(name, alias), reverse=True)
+        present = self._present(name, alias).document.counter
+        # A move that was killed before its write leaves the present document in the history.
+        return [self._read(name, alias, _place(name, alias, i)).document for i in counters if i < present]
+
+    def _present(self, name: str, alias: str) -> _Stored:
+        """The document of an alias; for an alias that never was, a void one without bytes and tag."""
+        try:
+            return self._read(name, alias, f"models/{name}/aliases/{alias}")
+        except RegistryMissing:
+            raise
+        except Missing:
+            return _Stored(Alias(name, alias, None, None, 0, None, ""), b"", "")
+
+    def _read(self, name: str, alias: str, key: str) -> _Stored:
+        data, tag = self._retry(lambda: self._store.get_tagged(key, max_bytes=MAX_ALIAS_BYTES))
+        try:
+            return _Stored(documents.from_json(data, name, alias), data, tag)
+        except RegistryError as e:
+            raise Corrupt(f"{key} in {self._store.url}: {e.message}", registry=self._store.url, blob=key) from e
+
+    def _after(self, before: Alias, target: Target, moved_by: str) -> Alias:
+        return Alias(
+            before.name,
+            before.alias,
+            target.version,
+            target.digest,
+            before.counter + 1,
+            datetime.now(UTC),
+            moved_by[:200],
+            target.canary,
+            target.restores,
+        )
+
+    def _swap(self, present: _Stored, after: Alias) -> bool:
+        name, alias, counter = after.name, after.alias, present.document.counter
+        if present.tag:
+            # Whoever sees this document stores the same bytes, so that no condition is needed here.
+            self._retry(lambda: self._store.put(_place(name, alias, counter), present.data))
+        swapped = self._store.put_if_match(f"models/{name}/aliases/{alias}", documents.to_json(after), present.tag)
+        if swapped and counter >= MAX_HISTORY:
+            with suppress(RegistryError):
+                self._store.delete(_place(name, alias, counter - MAX_HISTORY))
+        return swapped
+
+    def _counters(self, name: str, alias: str) -> list[int]:
+        prefix = _place(name, alias, "")
+        texts = [key.removeprefix(prefix) for key in self._store.list(prefix)]
+        return [int(text) for text in texts if text.isascii() and text.isdecimal()]
+
+
+def _place(name: str, alias: str, counter: int | str) -> str:
+    return f"models/{name}/history/{alias}/{counter}"
+
+
+def is_alias(text: str) -> bool:
+    """Whether `text` is a valid alias: a valid model name, not only digits (which denote version numbers)."""
+    return is_model_name(text) and not (text.isascii() and text.isdecimal())
+
+
+def check_alias(text: str) -> None:
+    """Refuse a malformed alias.
+
+    Raises:
+        RegistryError: `is_alias` is false.
+    """
+    if not is_alias(text):
+        shown = text if len(text) <= 80 else f"{text[:80]}…"
+        raise RegistryError(f"{shown!r} cannot be an alias: 1 to 63 of a-z, 0-9, '.', '_' and '-', not only digits")

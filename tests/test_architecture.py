@@ -24,7 +24,7 @@ RUNTIME = {
     "wire": {*BASE, "artifacts", "arrays", "codecs"},
     "http": {*BASE},
     "security": {*BASE},
-    "registry": {*BASE, "artifacts", "arrays", "processing"},
+    "registry": {*BASE, "artifacts", "arrays", "processing", "security"},
     "runtime": {*BASE, "artifacts", "arrays", "processing", "codecs", "wire", "registry"},
     "pipeline": {
         *BASE,

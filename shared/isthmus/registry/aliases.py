@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +20,9 @@ from isthmus.artifacts.bundle import is_model_name
 from isthmus.artifacts.canary import Canary
 from isthmus.errors import AliasMoved, Corrupt, Missing, RegistryError, RegistryMissing, RegistryUnavailable
 from isthmus.registry.blobs import BlobStore
+from isthmus.registry.change_log import ChangeLog
 from isthmus.registry.retry_policy import RetryPolicy
+from isthmus.security.audit import local_user
 
 PROD = "prod"
 """The alias of a bare model name; the first version of a model receives this alias."""
@@ -69,8 +71,9 @@ class _Stored:
 class Aliases:
     """The aliases in a store; thread-safe and process-safe."""
 
-    def __init__(self, store: BlobStore, retry_policy: RetryPolicy) -> None:
+    def __init__(self, store: BlobStore, retry_policy: RetryPolicy, log: ChangeLog | None = None) -> None:
         self._store, self._retry = store, retry_policy
+        self._log = log or ChangeLog(store, retry_policy)
 
     def get(self, name: str, alias: str) -> Alias:
         """The document of an alias.
@@ -138,11 +141,20 @@ class Aliases:
                 return Move(before, before)
             after = self._after(before, wanted, moved_by)
             if self._swap(present, after):
+                self._log.moved(after, before.number)
                 return Move(before, after)
             time.sleep(random.uniform(0, _PAUSE_S))  # noqa: S311 - writers shall not meet again, nothing is secret
         raise RegistryUnavailable(
             f"{name}:{alias} was moved by others for {_CONTEND_S:g} s", registry=self._store.url, blob=alias
         )
+
+    def documents(self, name: str) -> Iterator[Alias]:
+        """Every document of every alias of a model, removed aliases' too."""
+        prefix = f"models/{name}/aliases/"
+        for alias in (key.removeprefix(prefix) for key in self._store.list(prefix)):
+            if is_alias(alias):
+                yield self._present(name, alias).document
+                yield from self.history(name, alias)
 
     def history(self, name: str, alias: str) -> list[Alias]:
         """The documents of an alias before the present one, newest first."""
@@ -175,7 +187,7 @@ class Aliases:
             target.digest,
             before.counter + 1,
             datetime.now(UTC),
-            moved_by[:200],
+            (moved_by or local_user())[:200],
             target.canary,
             target.restores,
         )

@@ -82,7 +82,20 @@ def collect(registry: Registry, older_than_s: float = DAY_S) -> Garbage:
         for probe in store.list(PROBES):  # of publishers that were killed, or may not delete
             retry_policy(lambda probe=probe: store.delete(probe))  # type: ignore[misc]
         removed = sum(in_parallel(remove, garbage.removable))
+        _log(registry, garbage, removed)
     return Garbage(garbage.removable, garbage.younger, removed)
+
+
+def _log(registry: Registry, garbage: Garbage, removed: int) -> None:
+    """Append the collection, and what killed writers left out, to the audit log."""
+    names = registry.models()
+    registry.changes.recover(
+        ((v.name, v.version, v.digest) for name in names for v in registry.versions(name)),
+        (document for name in names for document in registry.alias_documents(name)),
+    )
+    if removed:
+        size = sum(entry.size for entry in garbage.removable[:removed])
+        registry.changes.collected("", removed, size)
 
 
 def _garbage(registry: Registry, now: datetime, older_than_s: float) -> Garbage:

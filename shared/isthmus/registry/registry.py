@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from isthmus.artifacts.canary import Canary
 from isthmus.errors import AliasMoved, Corrupt, Missing, RegistryError, RegistryMissing, RegistryUnavailable
 from isthmus.registry.aliases import PROD, Aliases, Move, Target, check_alias
 from isthmus.registry.blobs import BlobStore
+from isthmus.registry.change_log import ChangeLog
 from isthmus.registry.content import Bundles, Upload, blob_key, check_weights, corrupt, read_manifest
 from isthmus.registry.leases import publish_lease
 from isthmus.registry.retry_policy import RetryPolicy, in_parallel
@@ -64,7 +65,8 @@ class Registry:
         self.retry_policy = retry_policy or RetryPolicy()
         self._bundles = Bundles()
         self.documents = Documents(store, self.retry_policy)
-        self._aliases = Aliases(store, self.retry_policy)
+        self.changes = ChangeLog(store, self.retry_policy)
+        self._aliases = Aliases(store, self.retry_policy, self.changes)
 
     @property
     def url(self) -> str:
@@ -76,12 +78,14 @@ class Registry:
         """The store of all keys."""
         return self._store
 
-    def publish(self, bundle: Bundle, files: Mapping[str, Path], *, alias: str | None = None) -> Version:
+    def publish(
+        self, bundle: Bundle, files: Mapping[str, Path], *, alias: str | None = None, published_by: str = ""
+    ) -> Version:
         """Publish `bundle` as a version of its model; a bundle published before keeps its version number.
 
         `files` maps digests to files; content already in the registry may be absent. The first version of a model
         receives the alias prod, and `alias` moves to this version. The version becomes visible after all content is
-        uploaded.
+        uploaded. `published_by` is for the audit log; empty for the user of this process.
 
         Raises:
             Missing: content neither in `files` nor in the registry, or the version was removed meanwhile.
@@ -95,11 +99,11 @@ class Registry:
         with publish_lease(self._store, self.retry_policy):
             self._upload(bundle, data, files)
             budget = self.retry_policy.budget()
-            version, first = self._number(bundle.name, manifest.digest_of(data), budget)
+            version, first = self._number(bundle.name, manifest.digest_of(data), published_by, budget)
             if first:
-                self._name_first(version)
+                self._name_first(version, published_by)
         if alias is not None:
-            self.move_alias(bundle.name, alias, version.version)
+            self.move_alias(bundle.name, alias, version.version, moved_by=published_by)
         return version
 
     def stage(self, bundle: Bundle, files: Mapping[str, Path]) -> str:
@@ -186,6 +190,10 @@ class Registry:
         canaries = {document.canary.digest for document in documents if document.canary is not None}
         return canaries | {document.digest for document in documents if document.digest}
 
+    def alias_documents(self, name: str) -> Iterator[Alias]:
+        """Every document of every alias of a model, of the past too."""
+        return self._aliases.documents(name)
+
     def alias_history(self, name: str, alias: str) -> list[Alias]:
         """The documents of an alias before the present one, newest first: at most MAX_HISTORY.
 
@@ -232,16 +240,16 @@ class Registry:
         for alias in self._aliases.all(name):
             self._aliases.move(name, alias, Target(None, None), moved_by=moved_by)
 
-    def _name_first(self, version: Version) -> None:
+    def _name_first(self, version: Version, published_by: str) -> None:
         """Let prod mean a model's first version, unless prod means a version."""
         first = Target(int(version.version), version.digest)
 
         def target(present: Alias) -> Target:
             return first if present.version is None else Target(present.version, present.digest, present.canary)
 
-        self._undo_if_withdrawn(self._aliases.move(version.name, PROD, target))
+        self._undo_if_withdrawn(self._aliases.move(version.name, PROD, target, moved_by=published_by))
 
-    def withdraw(self, name: str, number: str) -> None:
+    def withdraw(self, name: str, number: str, *, removed_by: str = "") -> None:
         """Remove a version that no alias means; a marker keeps its number from being given again.
 
         Raises:
@@ -251,7 +259,8 @@ class Registry:
         marker = f"models/{name}/removed/{number}"
         # The marker precedes the look at the aliases, and a move of an alias precedes its look at the marker: of the
         # two at the same time at least one sees the other (Dekker's mutual exclusion).
-        self._put(marker, self._digest(name, number))
+        digest = self._digest(name, number)
+        self._put(marker, digest)
         try:
             self._refuse_meant(name, number)
             self.retry_policy(lambda: self._store.delete(f"models/{name}/versions/{number}"))
@@ -259,6 +268,7 @@ class Registry:
             # An empty marker is void; to overwrite takes no right to delete.
             self._put(marker, "")
             raise
+        self.changes.removed(removed_by, name, number, digest)
 
     def _refuse_meant(self, name: str, number: str) -> None:
         if aliases := sorted(alias for alias, each in self._aliases.all(name).items() if number in each.versions):
@@ -358,7 +368,7 @@ class Registry:
 
         return self.retry_policy(one_try)
 
-    def _number(self, name: str, digest: str, budget: RetryBudget) -> tuple[Version, bool]:
+    def _number(self, name: str, digest: str, published_by: str, budget: RetryBudget) -> tuple[Version, bool]:
         """The version of `digest`, existing or with the next free number, and whether it is the model's first."""
         try:
             versions = self.versions(name)
@@ -372,10 +382,12 @@ class Registry:
         while True:
             number += 1
             key = f"models/{name}/versions/{number}"
-            self._store.put_if_absent(key, digest.encode(), budget)
+            stored = self._store.put_if_absent(key, digest.encode(), budget)
             # Compare the stored digest, not the result of the write: a second publisher of the same bundle is no
             # conflict, and a write whose response was lost has still succeeded.
             if self._digest(name, str(number)) == digest:
+                if stored:
+                    self.changes.published(published_by, name, str(number), digest)
                 return Version(name, str(number), digest), not versions and number == highest + 1
 
     def _removed(self, name: str) -> list[str]:

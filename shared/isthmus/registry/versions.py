@@ -52,7 +52,7 @@ def roll_back(registry: Registry, name: str, alias: str = PROD, *, moved_by: str
     )
 
 
-def remove_version(registry: Registry, name: str, number: str) -> None:
+def remove_version(registry: Registry, name: str, number: str, *, removed_by: str = "") -> None:
     """Remove a version; its number is never given again. Its content stays until a collection.
 
     Raises:
@@ -68,10 +68,10 @@ def remove_version(registry: Registry, name: str, number: str) -> None:
             exists=numbers,
             registry=registry.url,
         )
-    registry.withdraw(name, number)
+    registry.withdraw(name, number, removed_by=removed_by)
 
 
-def remove_model(registry: Registry, name: str, *, moved_by: str = "") -> list[str]:
+def remove_model(registry: Registry, name: str, *, removed_by: str = "") -> list[str]:
     """Remove a model: its aliases and all versions; returns the versions' numbers. Aliases' counters go on.
 
     Raises:
@@ -79,7 +79,7 @@ def remove_model(registry: Registry, name: str, *, moved_by: str = "") -> list[s
     """
     numbers = [version.version for version in registry.versions(name)]
     # Aliases first: no alias may mean a removed version.
-    registry.remove_aliases(name, moved_by=moved_by)
+    registry.remove_aliases(name, moved_by=removed_by)
     for number in numbers:
-        registry.withdraw(name, number)
+        registry.withdraw(name, number, removed_by=removed_by)
     return numbers

@@ -1,0 +1,90 @@
+"""Changes of a registry in its audit log: publications, moves of aliases, removals, collections.
+
+An entry follows its change, so that no entry tells of a change that failed. A writer killed in between leaves a change
+without an entry, which the next collection appends: versions and aliases' documents name all that happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from isthmus.artifacts.alias import Alias
+from isthmus.registry.blobs import BlobStore
+from isthmus.registry.retry_policy import RetryPolicy
+from isthmus.security.audit import AuditLog, local_user
+
+PUBLISH, PROMOTE, ROLLBACK, REMOVE_ALIAS, REMOVE, COLLECT = "publish", "promote", "rollback", "rm alias", "rm", "gc"
+_MOVES = (PROMOTE, ROLLBACK, REMOVE_ALIAS)
+
+
+class ChangeLog:
+    """The audit log of the registry in `store`; an empty `who` is the user of this process."""
+
+    def __init__(self, store: BlobStore, retry_policy: RetryPolicy) -> None:
+        self._log = AuditLog(store, retry_policy)
+
+    def published(self, who: str, name: str, version: str, digest: str) -> None:
+        """A bundle got a number."""
+        self._append(who, PUBLISH, {"model": name, "version": version, "digest": digest})
+
+    def moved(self, document: Alias, before: str) -> None:
+        """An alias was moved to what `document` says; `before` is the version that it meant, empty for none."""
+        self._append(document.moved_by, _kind(document), {**_facts(document), "before": before})
+
+    def removed(self, who: str, name: str, version: str, digest: str) -> None:
+        """A version was removed."""
+        self._append(who, REMOVE, {"model": name, "version": version, "digest": digest})
+
+    def collected(self, who: str, blobs: int, size: int) -> None:
+        """Content that nothing reaches was removed; units: `size` in bytes."""
+        self._append(who, COLLECT, {"blobs": blobs, "bytes": size})
+
+    def recover(self, versions: Iterable[tuple[str, str, str]], documents: Iterable[Alias]) -> int:
+        """Append the entries that killed writers left out; returns their count.
+
+        `versions` are models' names, numbers and digests, `documents` those of all aliases and their histories.
+        """
+        published, moved = set[tuple[str, str]](), set[tuple[str, str, int]]()
+        for entry in self._log.entries():
+            facts = entry.facts
+            if entry.what == PUBLISH:
+                published.add((str(facts.get("model")), str(facts.get("version"))))
+            elif entry.what in _MOVES:
+                counter = facts.get("counter")
+                moved.add(
+                    (str(facts.get("model")), str(facts.get("alias")), counter if isinstance(counter, int) else 0)
+                )
+        count = 0
+        for name, version, digest in versions:
+            if (name, version) not in published:
+                facts = {"model": name, "version": version, "digest": digest, "recovered": True}
+                self._append("", PUBLISH, facts)
+                count += 1
+        for document in documents:
+            if document.counter and (document.name, document.alias, document.counter) not in moved:
+                self._append(document.moved_by, _kind(document), {**_facts(document), "recovered": True})
+                count += 1
+        return count
+
+    def _append(self, who: str, what: str, facts: dict[str, Any]) -> None:
+        self._log.append(who or local_user(), what, facts)
+
+
+def _kind(document: Alias) -> str:
+    if document.version is None:
+        return REMOVE_ALIAS
+    return PROMOTE if document.restores is None else ROLLBACK
+
+
+def _facts(document: Alias) -> dict[str, Any]:
+    facts = {
+        "model": document.name,
+        "alias": document.alias,
+        "version": document.number,
+        "digest": document.digest or "",
+        "counter": document.counter,
+    }
+    if document.canary is not None:
+        facts |= {"canary": str(document.canary.version), "share": document.canary.share}
+    return facts

@@ -1,4 +1,4 @@
-"""`isthmus doctor`: software and resources of this machine, and missing parts."""
+"""`isthmus doctor`: software and resources of this machine, and missing parts; or what is open in a deployment."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from isthmus.errors import IsthmusError
 from isthmus.units import format_size
-from isthmus_tools.cli.console import print_json, say, table
-from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, registry_settings
+from isthmus_tools.cli.console import errors, print_json, run, say, table
+from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, registry_settings, stack_variables
 
 # By module, with the use of each; absent optional packages disable a command at most.
 _NEEDED = {
@@ -38,6 +39,7 @@ _OPTIONAL = {
 # For the weights of a model of ordinary size, and its segments.
 _ROOM_BYTES = 2 * 10**9
 _MARKS = {"ok": "✓", "missing": "✗", "absent": "–"}
+_SECURITY_MARKS = {"ok": "✓", "open": "✗", "unknown": "–"}
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,33 @@ class Finding:
     advice: str = ""
 
 
-def doctor(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = False) -> None:
+def doctor(
+    *,
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    security: Annotated[
+        bool, typer.Option("--security", help="Check a deployment instead, and list what is open in it.")
+    ] = False,
+    stack: Annotated[Path, typer.Option(help="With --security: the stack file.")] = Path("stack.yml"),
+    gateway: Annotated[
+        list[str] | None,
+        typer.Option(help="With --security: a running gateway whose functions are called as a stranger; repeatable."),
+    ] = None,
+    secrets: Annotated[
+        Path | None, typer.Option(help="With --security: a folder with copies of the functions' secrets.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """List missing software on this machine; exits with 1 if a required part is missing.
 
-    Example: `isthmus doctor --json`
+    With --security: what is open in a deployment, the worst first, and what to do; exits with 1 if something of the
+    severities critical or high is open.
+
+    Example: `isthmus doctor --json`, or
+    `isthmus doctor --security --gateway https://edge.example --gateway https://cloud.example --secrets secrets/`
     """
+    if security:
+        _security(stack, gateway or [], secrets, registry, as_json)
+        return
     findings = [finding for look in (_python, _packages, _runtime, _tools, _machine, _port) for finding in look()]
     findings += _registry(registry)
     broken = any(f.state == "missing" for f in findings)
@@ -69,6 +93,38 @@ def doctor(*, registry: RegistryOption = DEFAULT_REGISTRY, as_json: AsJson = Fal
         say("something needed is missing" if broken else "everything needed is here", "red" if broken else None)
     if broken:
         raise typer.Exit(1)
+
+
+def _security(stack: Path, gateways: Sequence[str], secrets: Path | None, registry: str, as_json: bool) -> None:
+    from isthmus_tools.usecases.security_check import SecurityRequest, check_security
+
+    with errors(as_json):
+        settings = registry_settings(registry)
+        if secrets is not None:
+            settings = replace(settings, secrets_dir=str(secrets))
+        request = SecurityRequest(
+            stack=stack, settings=settings, variables=stack_variables(registry), gateways=gateways
+        )
+        result = run(check_security, request, quiet=as_json)
+    if as_json:
+        print_json({"ok": result.is_safe, "findings": [asdict(f) for f in result.findings]})
+    else:
+        table(
+            "this deployment",
+            ["state", "severity", "check", "where", "what", "what to do"],
+            [
+                [f"{_SECURITY_MARKS[f.state]} {f.state}", f.severity, f.check, f.where, f.observed, f.advice]
+                for f in result.findings
+            ],
+            drop=["where", "severity"],
+        )
+        say("nothing critical or high is open" if result.is_safe else "something is open", _color(result.is_safe))
+    if not result.is_safe:
+        raise typer.Exit(1)
+
+
+def _color(is_safe: bool) -> str | None:
+    return None if is_safe else "red"
 
 
 def _python() -> Iterator[Finding]:

@@ -1,0 +1,194 @@
+"""Two gateways with keys on: the cloud's runs nothing for a stranger, secrets stay in their files, doctor says so."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from isthmus.context import Deadline
+from isthmus.errors import HopRejected
+from isthmus.pipeline import HttpHop
+from isthmus.security.protected_call import SEALED_TYPE, open_protection
+from isthmus.settings import SegmentSettings
+from isthmus.wire import frame as frames
+from isthmus_tools.cli.options import registry_settings, stack_variables
+from isthmus_tools.engine import Engine
+from isthmus_tools.usecases.security_check import SecurityRequest, SecurityResult, check_security
+from support.bundles import Published, framed, photo
+from support.bundles import photos as photos
+from support.hop_servers import context
+from support.local_stack import http, system
+from support.paths import ROOT
+from support.patience import LONG_S
+
+EDGE, CLOUD = ("router", "edge-head"), ("cloud-tail",)
+PHOTO = {"Content-Type": "image/png"}
+
+
+def random_text() -> str:
+    return base64.b64encode(os.urandom(32)).decode()
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The edge's and the cloud's gateways, whose functions share a folder of secrets."""
+
+    edge: Engine
+    cloud: Engine
+    secrets: Path
+    values: tuple[str, ...]
+
+    @property
+    def tail(self) -> str:
+        return f"{self.cloud.url}/function/cloud-tail"
+
+    def runs(self) -> str:
+        """The lines of the tail's metrics that count segments: a run or a load changes them."""
+        lines = http("GET", f"{self.tail}/metrics").data.decode().splitlines()
+        counted = ('isthmus_stage_seconds_count{stage="run"', "isthmus_loaded_segments", "isthmus_loaded_bytes")
+        return "\n".join(line for line in lines if line.startswith(counted))
+
+
+def write_secrets(folder: Path) -> tuple[str, ...]:
+    """The secrets of both sites; the texts that must not be anywhere else."""
+    folder.mkdir(mode=0o700)
+    key, token, s3 = random_text(), f"token-{os.urandom(16).hex()}", random_text()
+    texts = {"hop-keys": f"k1:{key}", "profile-token": token, "s3-access-key-id": "AKID", "s3-secret-access-key": s3}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o600)
+    return key, token, s3
+
+
+@pytest.fixture(scope="module")
+def deployment(photos: Published, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    folder = tmp_path_factory.mktemp("sites")
+    values = write_secrets(folder / "secrets")
+    common = {"threads": "1", "log_level": "debug", "secrets_dir": str(folder / "secrets"), "expose_details": "false"}
+
+    def site(stack: ExitStack, names: tuple[str, ...], **variables: str) -> Engine:
+        return stack.enter_context(
+            Engine(
+                ROOT / "stack.yml",
+                replicas=dict.fromkeys({*EDGE, *CLOUD, "trigger"} - {*names}, 0),
+                environment={"*": common, **{name: {"cache_dir": str(folder / name)} for name in names}},
+                variables={**stack_variables(str(photos.folder)), "MODEL": "photos", **variables},
+                asynchronous=False,
+            )
+        )
+
+    with ExitStack() as stack:
+        cloud = site(stack, CLOUD)
+        edge = site(stack, EDGE, TAIL_GATEWAY=cloud.url)
+        cloud.wait_ready(2 * LONG_S)
+        edge.wait_ready(2 * LONG_S)
+        yield Deployment(edge, cloud, folder / "secrets", values)
+
+
+def test_a_photo_goes_through_both_gateways(deployment: Deployment) -> None:
+    before = deployment.runs()
+    response = http("POST", f"{deployment.edge.url}/function/router", body=photo(), headers=PHOTO)
+    assert response.status == 200, response.data
+    assert json.loads(response.data)["classes"]
+    assert deployment.runs() != before
+
+
+@pytest.mark.parametrize("content_type", [frames.CONTENT_TYPE, SEALED_TYPE, "application/json", "image/png"])
+@pytest.mark.parametrize("path", ["", "/", "/load", "/sessions/end"])
+def test_a_stranger_gets_401_from_the_clouds_gateway_and_nothing_runs(
+    deployment: Deployment, photos: Published, path: str, content_type: str
+) -> None:
+    before = deployment.runs()
+    assert before
+    bodies = {
+        "/load": json.dumps({"bundle": photos.digest, "segment": ".."}).encode(),
+        "/sessions/end": b'{"session": "9f86d081884c7d65"}',
+    }
+    response = http(
+        "POST", deployment.tail + path, body=bodies.get(path, framed(photos)), headers={"Content-Type": content_type}
+    )
+    assert (response.status, json.loads(response.data)["type"]) == (401, "CallerUnknown")
+    assert deployment.runs() == before
+
+
+def test_a_stranger_with_keys_of_his_own_gets_401(deployment: Deployment, photos: Published, tmp_path: Path) -> None:
+    write_secrets(tmp_path / "own")
+    protection = open_protection(SegmentSettings(secrets_dir=str(tmp_path / "own")))
+    before = deployment.runs()
+    hop = HttpHop(deployment.tail, attempts=1, connect_timeout_s=LONG_S, max_reply_bytes=2**20, protection=protection)
+    with pytest.raises(HopRejected) as caught:
+        hop.call(frames.decode(framed(photos), max_bytes=2**20), context())
+    assert caught.value.facts["status"] == 401
+    with pytest.raises(HopRejected):
+        hop.load(photos.digest, "..", Deadline.after(LONG_S))
+    hop.close()
+    assert deployment.runs() == before
+
+
+def test_a_stranger_measures_nothing_and_deploys_nothing(deployment: Deployment, photos: Published) -> None:
+    before = deployment.runs()
+    assert http("POST", f"{deployment.tail}/profile", body=framed(photos)).status in (401, 403)
+    assert http("GET", f"{deployment.cloud.url}/system/functions").status == 401
+    assert deployment.runs() == before
+
+
+def test_secrets_are_in_no_log_no_environment_and_no_response(deployment: Deployment, photos: Published) -> None:
+    router = f"{deployment.edge.url}/function/router"
+    responses = [
+        http("POST", router, body=photo(), headers=PHOTO),
+        http("POST", router, body=b"no photo", headers=PHOTO),
+        http("POST", f"{router}/v2/models/none/infer", body=b"{}"),
+        http("GET", f"{router}/metrics"),
+        http("GET", f"{router}/routes"),
+        http("POST", deployment.tail, body=framed(photos), headers={"Authorization": f"Bearer {deployment.values[1]}"}),
+        http("POST", f"{deployment.tail}/profile", headers={"Authorization": "Bearer wrong"}),
+    ]
+    texts = [response.data.decode("utf-8", "replace") + str(response.headers) for response in responses]
+    for engine, names in ((deployment.edge, EDGE), (deployment.cloud, CLOUD)):
+        logs = [system(engine, "GET", f"/system/logs?name={name}&follow=false").data.decode() for name in names]
+        assert all("request" in log for log in logs)
+        texts += logs
+        texts += [system(engine, "GET", "/system/functions").data.decode()]
+    processes = [p for p in psutil.Process().children(recursive=True) if "index.py" in " ".join(p.cmdline())]
+    assert len(processes) == len(EDGE) + len(CLOUD)
+    texts += [str(p.environ()) + " ".join(p.cmdline()) for p in processes]
+    for value in deployment.values:
+        assert not [text for text in texts if value in text]
+
+
+def checked(deployment: Deployment, secrets: Path) -> SecurityResult:
+    settings = replace(registry_settings(""), secrets_dir=str(secrets))
+    gateways = (deployment.edge.url, deployment.cloud.url)
+    variables = {"ISTHMUS_SECRETS": "[hop-keys]"}
+    return check_security(
+        SecurityRequest(stack=ROOT / "stack.yml", settings=settings, variables=variables, gateways=gateways)
+    )
+
+
+def test_doctor_finds_the_tail_closed_and_the_router_open(deployment: Deployment) -> None:
+    result = checked(deployment, deployment.secrets)
+    states = {(f.check, f.state) for f in result.findings}
+    assert {("strangers", "ok"), ("one-key", "ok"), ("administration", "ok"), ("clock", "ok")} <= states
+    # Callers of the router are not configured, and the profile token is set.
+    assert {(f.check, f.severity) for f in result.findings if f.state == "open"} == {
+        ("callers", "high"),
+        ("profiling", "low"),
+    }
+    assert not result.is_safe
+    ranks = [("open", "unknown", "ok").index(f.state) for f in result.findings]
+    assert ranks == sorted(ranks)
+
+
+def test_doctor_sees_a_key_that_is_not_the_functions(deployment: Deployment, tmp_path: Path) -> None:
+    write_secrets(tmp_path / "own")
+    (tmp_path / "own" / "s3-access-key-id").chmod(0o644)
+    findings = checked(deployment, tmp_path / "own").findings
+    assert {f.where for f in findings if (f.check, f.state) == ("one-key", "open")} == {"edge-head", "cloud-tail"}

@@ -23,7 +23,7 @@ RUNTIME = {
     "codecs": {*BASE, "artifacts", "arrays", "processing"},
     "wire": {*BASE, "artifacts", "arrays", "codecs"},
     "http": {*BASE},
-    "security": {*BASE},
+    "security": {*BASE, "artifacts"},
     "registry": {*BASE, "artifacts", "arrays", "processing", "security"},
     "runtime": {*BASE, "artifacts", "arrays", "processing", "codecs", "wire", "registry"},
     "pipeline": {

@@ -171,6 +171,16 @@ class Denied(RegistryError):
     """The registry refused the credentials."""
 
 
+class NotGranted(RegistryError):
+    """Content is encrypted, and this process has no grant for it. Facts: `segment`, `recipient`, `blob`.
+
+    `segment` is `documents` for content of no segment; `recipient` is empty without a recipient key.
+    """
+
+    # The caller names the segment, and whoever reads the message has to know the recipient; neither is a secret.
+    public_message = ""
+
+
 class Corrupt(RegistryError):
     """Bytes do not hash to their digest and were never used. Facts: `blob`."""
 
@@ -399,6 +409,8 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     RegistryError: 502,
     Missing: 404,
     Denied: 502,
+    # Not 502: the registry gives the content, and whoever may read it has to give this function a key.
+    NotGranted: 403,
     Corrupt: 502,
     RegistryUnavailable: 503,
     ConditionsIgnored: 502,

@@ -76,6 +76,26 @@ def read_secret(folder: str, name: str) -> str:
         SettingsError: unreadable, or not a secret's text. The message never holds the secret, unlike the error of an
             HTTP library about a header.
     """
+    data = read_secret_file(folder, name)
+    # latin-1 decodes any bytes; is_secret refuses the rest without an error that quotes the secret.
+    text = data.decode("latin-1").strip()
+    if text and not is_secret(text):
+        raise SettingsError(
+            f"the secret {name} in the setting secrets_dir ({folder}) is no key: it holds a space, a line break or"
+            " another character that no key has",
+            hint=f"create it again from one line: faas-cli secret create {name} --from-literal=…",
+            variable="secrets_dir",
+            value=folder,
+        )
+    return text
+
+
+def read_secret_file(folder: str, name: str) -> bytes:
+    """The bytes of an OpenFaaS secret that is a file, such as a key in PEM; empty if absent.
+
+    Raises:
+        SettingsError: unreadable, or longer than a secret. The message never holds the secret.
+    """
     facts = {"variable": "secrets_dir", "value": folder}
     path = Path(folder) / name
     try:
@@ -84,21 +104,16 @@ def read_secret(folder: str, name: str) -> str:
         with path.open("rb") as f:
             data = f.read(_MAX_SECRET_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
-        return ""
+        return b""
     except OSError as e:
         raise SettingsError(
             f"the secret {name} in the setting secrets_dir ({folder}) cannot be read: {e.strerror}", **facts
         ) from e
-    # latin-1 decodes any bytes; is_secret refuses the rest without an error that quotes the secret.
-    text = data.decode("latin-1").strip()
-    if text and (len(data) > _MAX_SECRET_BYTES or not is_secret(text)):
+    if len(data) > _MAX_SECRET_BYTES:
         raise SettingsError(
-            f"the secret {name} in the setting secrets_dir ({folder}) is no key: it holds a space, a line break or"
-            f" another character that no key has, or more than {_MAX_SECRET_BYTES} bytes",
-            hint=f"create it again from one line: faas-cli secret create {name} --from-literal=…",
-            **facts,
+            f"the secret {name} in the setting secrets_dir ({folder}) has more than {_MAX_SECRET_BYTES} bytes", **facts
         )
-    return text
+    return data
 
 
 # OpenTelemetry's, in the order of its specification.
@@ -198,7 +213,8 @@ class RegistrySettings(EnvSettings):
         fallbacks=("AWS_REGION", "AWS_DEFAULT_REGION"),
     )
     secrets_dir: str = setting(
-        "folder of OpenFaaS secrets; source of s3-access-key-id, s3-secret-access-key and hop-keys, if present",
+        "folder of OpenFaaS secrets; source of s3-access-key-id, s3-secret-access-key, hop-keys and recipient-key, if"
+        " present",
         "/var/openfaas/secrets",
     )
     hop_ca: str = setting(

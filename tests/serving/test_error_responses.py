@@ -26,6 +26,7 @@ ABOUT_THE_REQUEST = {
     "RequestTooLarge",
     "ContextTooLong",
     "CallerUnknown",
+    "NotGranted",
     "MediaUnsupported",
     "EncodingUnsupported",
     "ImageMalformed",

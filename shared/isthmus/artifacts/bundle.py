@@ -265,14 +265,18 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
         """The tensors of the weights file that `segment` reads, by offset."""
         return tuple(t for start, stop in segment.weights for t in self.weights.tensors[start:stop])
 
+    @cached_property
+    def content(self) -> Mapping[str, int]:
+        """The lengths of all blobs referenced by this bundle, by digest."""
+        segments = (*self.segments.values(), *(each.segment for each in self.exits))
+        tokenizers = [model.tokenizer for model in (self.text, self.embedding) if model is not None]
+        documents = (self.labels, self.fidelity, self.plan, *tokenizers, *self.tables.values())
+        blobs = (self.weights.blob, *(s.graph for s in segments), *documents)
+        return {blob.digest: blob.size for blob in blobs if blob is not None}
+
     def blobs(self) -> set[str]:
         """The digests of all blobs referenced by this bundle."""
-        segments = (*self.segments.values(), *(each.segment for each in self.exits))
-        digests = {self.weights.blob.digest, *(s.graph.digest for s in segments)}
-        tokenizers = [model.tokenizer for model in (self.text, self.embedding) if model is not None]
-        blobs = (self.labels, self.fidelity, self.plan, *tokenizers, *self.tables.values())
-        digests.update(blob.digest for blob in blobs if blob)
-        return digests
+        return set(self.content)
 
     @property
     def labels(self) -> Blob | None:

@@ -10,6 +10,7 @@ from isthmus.registry.registry import Registry, Resolved, Version
 from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.registry.s3 import S3Store
 from isthmus.registry.source import BakedSegment, Located, SegmentSource
+from isthmus.security.recipients import read_recipient_key
 from isthmus.settings import RegistrySettings, SegmentSettings, read_secret
 
 __all__ = [
@@ -38,10 +39,10 @@ def open_registry(settings: RegistrySettings) -> Registry:
 
     Raises:
         SettingsError: not a folder path or s3://BUCKET/PREFIX, a malformed endpoint or region, or only one of the two
-            S3 secrets is present.
+            S3 secrets is present, or the secret recipient-key is no private key.
     """
     retries = RetryPolicy(settings.registry_attempts, settings.registry_timeout_s)
-    return Registry(open_blob_store(settings.registry, settings), retries)
+    return Registry(open_blob_store(settings.registry, settings), retries, read_recipient_key(settings.secrets_dir))
 
 
 def open_blob_store(address: str, settings: RegistrySettings, *, any_key: bool = False) -> FolderStore | S3Store:

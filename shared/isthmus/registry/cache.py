@@ -21,7 +21,7 @@ from isthmus.registry.cache_files import (
     parts,
     write_whole,
 )
-from isthmus.registry.content import Bundles, blob_key, corrupt
+from isthmus.registry.content import blob_key, corrupt
 from isthmus.registry.registry import Registry
 from isthmus.registry.retry_policy import in_parallel
 from isthmus.registry.source import Located, Progress
@@ -47,7 +47,6 @@ class SegmentCache:
         self._registry = registry
         self._dir, self._limit = Path(cache_dir).absolute(), cache_bytes
         self._space = CacheSpace(self._dir, cache_bytes)
-        self._bundles = Bundles()
         with self._disk_errors():
             (self._dir / "locks").mkdir(parents=True, exist_ok=True)
             # A probe write: a read-only volume must stop the start, not the first request.
@@ -59,7 +58,8 @@ class SegmentCache:
         Raises:
             Missing, Denied, Corrupt, RegistryUnavailable: the error of the registry.
         """
-        return self._bundles.get(
+        # The registry's: a sealed blob is opened by a grant of a bundle that is among these.
+        return self._registry.bundles.get(
             digest, lambda d: self._small("manifests", ".json", d, lambda: self._registry.manifest(d))
         )
 

@@ -23,8 +23,8 @@ from isthmus.errors import CacheFull
 READ_BYTES = 8 * 2**20
 """Longest ranged read; longer tensors are read in parts."""
 
-# A gap below one page costs less to transfer than a second request.
-_GAP_BYTES = 4096
+# Gaps are the padding that aligns tensors, never another tensor: of an encrypted one, this reader may lack the key.
+_GAP_BYTES = 64
 # Block size of common file systems; sparse files allocate whole blocks.
 _BLOCK_BYTES = 4096
 # Bounds the memory of a verification.

@@ -15,17 +15,19 @@ from datetime import UTC, datetime
 import msgspec
 
 from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, digest_of
+from isthmus.artifacts.grant import Grant
 from isthmus.artifacts.plan import MAX_PLAN_BYTES
 from isthmus.registry.blobs import PROBES, StoredKey
 from isthmus.registry.content import blob_key, corrupt
 from isthmus.registry.leases import COLLECT_S, collect_lease
 from isthmus.registry.registry import Registry
 from isthmus.registry.retry_policy import in_parallel
+from isthmus.registry.sealed_content import GRANTS, SEALED, all_grants, grant_key, read_grant, sealed_key
 
 DAY_S = 86_400.0
 """Least age of removed content: longer than a publish takes and than a plan needs its staged candidates."""
 
-_BLOBS = "blobs/sha256/"
+_BLOBS = ("blobs/sha256/", SEALED, GRANTS)
 _DIGEST = re.compile(rb"sha256:[0-9a-f]{64}")
 
 
@@ -100,21 +102,25 @@ def _log(registry: Registry, garbage: Garbage, removed: int) -> None:
 
 def _garbage(registry: Registry, now: datetime, older_than_s: float) -> Garbage:
     # The listing precedes the reading of versions: content published in between is reached, or is not in the list.
-    entries = registry.store.entries(_BLOBS)
-    reached = {blob_key(digest) for digest in reachable(registry)}
+    entries = [entry for prefix in _BLOBS for entry in registry.store.entries(prefix)]
+    reached = reachable(registry)
     unreached = [entry for entry in entries if entry.key not in reached]
     old = [entry for entry in unreached if (now - entry.written).total_seconds() > older_than_s]
     return Garbage(tuple(old), tuple(entry for entry in unreached if entry not in set(old)))
 
 
 def reachable(registry: Registry) -> set[str]:
-    """The digests of all content that any version or alias reaches.
+    """The keys of all content that any version or alias reaches: plain blobs, or of an encrypted version sealed ones
+    and grants.
+
+    A version is encrypted if one recipient can read all of it.
 
     Raises:
-        Missing, Corrupt: a version's manifest or plan is not there, or not what was published.
+        Missing, Corrupt: a version's manifest, plan or grant is not there, or not what was published.
     """
     manifests = [version.digest for name in registry.models() for version in registry.versions(name)]
     manifests += [digest for name in registry.models() for digest in registry.alias_digests(name)]
+    recipients = all_grants(registry.store)
     reached, read = set[str](), set[str]()
     while manifests:
         digest = manifests.pop()
@@ -122,12 +128,27 @@ def reachable(registry: Registry) -> set[str]:
             continue
         read.add(digest)
         data = registry.manifest(digest)
-        reached |= {digest, *_named(data)}
-        if plan := _plan_of(data):
-            named = _named(_content(registry, plan, MAX_PLAN_BYTES))
-            reached |= named
-            manifests += _manifests(registry, named - read)
+        reached.add(blob_key(digest))
+        grants = [_grant(registry, digest, recipient) for recipient in recipients.get(digest, ())]
+        for grant in grants:
+            reached.add(grant_key(digest, grant.recipient))
+            reached |= {sealed_key(blob, identity) for blob, identity in grant.sealed.items()}
+        whole = next((grant for grant in grants if grant.whole), None)
+        # A sealed plan cannot be read here: the grant says what it names.
+        named = {*whole.reaches} if whole else _named_by_plan(registry, data)
+        own = digests_in(data)
+        reached |= {blob_key(name) for name in (named - own if whole else named | own)}
+        manifests += _manifests(registry, named - read)
     return reached
+
+
+def _named_by_plan(registry: Registry, manifest: bytes) -> set[str]:
+    plan = _plan_of(manifest)
+    return digests_in(_content(registry, plan, MAX_PLAN_BYTES)) if plan else set()
+
+
+def _grant(registry: Registry, manifest: str, recipient: str) -> Grant:
+    return registry.retry_policy(lambda: read_grant(registry.store, manifest, recipient))
 
 
 def _manifests(registry: Registry, digests: Iterable[str]) -> Iterable[str]:
@@ -158,5 +179,6 @@ def _content(registry: Registry, digest: str, max_bytes: int) -> bytes:
     return registry.retry_policy(one_try)
 
 
-def _named(document: bytes) -> set[str]:
+def digests_in(document: bytes) -> set[str]:
+    """The digests that the text of a document holds."""
     return {match.decode() for match in _DIGEST.findall(document)}

@@ -120,6 +120,11 @@ class Bundles:
         self._bundles: LRUCache[str, Bundle] = LRUCache(_MAX_BUNDLES)
         self._lock = threading.Lock()
 
+    def with_blob(self, digest: str) -> list[tuple[str, Bundle]]:
+        """The cached bundles that hold a blob, each with its own digest."""
+        with self._lock:
+            return [(name, bundle) for name, bundle in self._bundles.items() if digest in bundle.content]
+
     def get(self, digest: str, read: Callable[[str], bytes]) -> Bundle:
         """The cached bundle of `digest`, else the parsed manifest that `read` returns for the digest."""
         with self._lock:

@@ -17,10 +17,12 @@ from isthmus.errors import AliasMoved, Corrupt, Missing, RegistryError, Registry
 from isthmus.registry.aliases import PROD, Aliases, Move, Target, check_alias
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.change_log import ChangeLog
-from isthmus.registry.content import Bundles, Upload, blob_key, check_weights, corrupt, read_manifest
+from isthmus.registry.content import Bundles, Upload, check_weights, corrupt, read_manifest
 from isthmus.registry.leases import publish_lease
 from isthmus.registry.retry_policy import RetryPolicy, in_parallel
+from isthmus.registry.sealed_content import Content, refuse_sealed
 from isthmus.retries import RetryBudget
+from isthmus.security.recipients import Unwrapper
 
 MAX_BLOB_BYTES = 64 * 2**20
 """Bound on a blob in memory. Weights exceed this bound and are read by ranges."""
@@ -58,12 +60,15 @@ class Resolved:
 
 
 class Registry:
-    """Models in a store; `retry_policy` repeats every read and write."""
+    """Models in a store; `retry_policy` repeats every read and write, and sealed content opens by the recipient key."""
 
-    def __init__(self, store: BlobStore, retry_policy: RetryPolicy | None = None) -> None:
+    def __init__(
+        self, store: BlobStore, retry_policy: RetryPolicy | None = None, recipient_key: Unwrapper | None = None
+    ) -> None:
         self._store = store
         self.retry_policy = retry_policy or RetryPolicy()
-        self._bundles = Bundles()
+        self.bundles = Bundles()
+        self.content = Content(store, self.bundles, recipient_key)
         self.documents = Documents(store, self.retry_policy)
         self.changes = ChangeLog(store, self.retry_policy)
         self._aliases = Aliases(store, self.retry_policy, self.changes)
@@ -127,6 +132,7 @@ class Registry:
         return data
 
     def _upload(self, bundle: Bundle, data: bytes, files: Mapping[str, Path]) -> None:
+        refuse_sealed(self._store, bundle)
         upload = Upload(self._store, self.retry_policy, self.retry_policy.budget())
         for _ in in_parallel(lambda digest: upload.file(digest, files.get(digest)), sorted(bundle.blobs())):
             pass
@@ -317,7 +323,7 @@ class Registry:
             Missing, Corrupt: absent, or the bytes do not hash to the digest.
             RegistryError: not a manifest, or the weights lie outside of the weights file.
         """
-        return self._bundles.get(digest, self.manifest)
+        return self.bundles.get(digest, self.manifest)
 
     def manifest(self, digest: str) -> bytes:
         """The verified bytes of a manifest."""
@@ -328,6 +334,7 @@ class Registry:
 
         Raises:
             RegistryError: longer than MAX_BLOB_BYTES.
+            NotGranted: sealed, and this process has no grant for it.
         """
         if blob.size > MAX_BLOB_BYTES:
             raise RegistryError(
@@ -347,10 +354,11 @@ class Registry:
 
         Raises:
             Corrupt: every attempt failed `check`, or the blob is too short.
+            NotGranted: as `blob`.
         """
 
         def one_try() -> bytes:
-            data = self._store.read(blob_key(digest), start, stop)
+            data = self.content.read(digest, start, stop)
             if check is not None:
                 check(data)
             return data
@@ -358,10 +366,8 @@ class Registry:
         return self.retry_policy(one_try, budget)
 
     def _verified(self, digest: str, max_bytes: int) -> bytes:
-        key = blob_key(digest)
-
         def one_try() -> bytes:
-            data = self._store.get(key, max_bytes=max_bytes)
+            data = self.content.get(digest, max_bytes)
             if manifest.digest_of(data) != digest:
                 raise corrupt(self.url, digest)
             return data

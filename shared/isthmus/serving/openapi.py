@@ -30,7 +30,8 @@ Errors = tuple[type[IsthmusError], ...]
 
 # What the registry, its look-ups and the choice of a route fail with.
 LOOKUP: Errors = (
-    *(errors.Missing, errors.RegistryError, errors.Denied, errors.Corrupt, errors.RegistryUnavailable),
+    *(errors.Missing, errors.RegistryError, errors.Denied, errors.NotGranted, errors.Corrupt),
+    errors.RegistryUnavailable,
     *(errors.RegistryMissing, errors.PlanMalformed, errors.PlanMismatch, errors.Overloaded, errors.DeadlineExceeded),
 )
 # What every POST fails with before its handler runs.

@@ -37,6 +37,9 @@ COMMANDS = {
     "rm": "Remove a version that no alias means; its content goes with the next `isthmus gc`.",
     "gc": "List content of the registry that no version reaches: of removed versions, tried plans, killed publishes.",
     "audit": "List who changed what in a registry; with --verify, check the chain of entries.",
+    "encrypt": "Encrypt a version in the registry: each recipient can read its segments, and nobody anything else.",
+    "grant": "Let further recipients read segments of an encrypted version; nothing is encrypted again.",
+    "revoke": "Remove a recipient's grant of an encrypted version: from now on the registry gives it no key.",
     "chat": "Talk with a language model: tokens as they come, then their rate, bytes over the link, and each layer's"
     " place.",
     "infer": "Classify photos, or run tensors through a model.",

@@ -9,7 +9,7 @@ from datetime import datetime
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.fidelity import read_fidelity
 from isthmus.artifacts.plan import Plan, read_plan
-from isthmus.errors import CalibrationError, Missing, PlanMalformed, PlanMismatch
+from isthmus.errors import CalibrationError, Missing, NotGranted, PlanMalformed, PlanMismatch
 from isthmus.registry import Registry
 from isthmus.registry.aliases import PROD
 from isthmus.registry.versions import published_at
@@ -17,6 +17,8 @@ from isthmus_tools.usecases.language import LanguageFacts, language_facts
 
 UNREADABLE = "unreadable"
 """Stands for a plan or for calibrated cuts that this version of Isthmus cannot read; routers ignore both."""
+ENCRYPTED = "encrypted"
+"""Stands for either where this process has no grant for them; functions that have one use both."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,8 @@ def _calibrated(registry: Registry, bundle: Bundle) -> tuple[str, ...]:
         fidelity = read_fidelity(bundle, registry.blob)
     except CalibrationError:
         return (UNREADABLE,)
+    except NotGranted:
+        return (ENCRYPTED,)
     return tuple(fidelity.cuts()) if fidelity is not None else ()
 
 
@@ -155,4 +159,6 @@ def _plan_name(registry: Registry, bundle: Bundle) -> str:
         plan = read_plan(bundle, registry.blob)
     except (PlanMalformed, PlanMismatch):
         return UNREADABLE
+    except NotGranted:
+        return ENCRYPTED
     return plan.chosen if isinstance(plan, Plan) else ""

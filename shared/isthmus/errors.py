@@ -185,6 +185,16 @@ class Corrupt(RegistryError):
     """Bytes do not hash to their digest and were never used. Facts: `blob`."""
 
 
+class Untrusted(RegistryError):
+    """The setting trusted_keys demands a signature, and none counts; nothing was loaded or run.
+
+    Facts: `reason` (`not_signed`, `unknown_key`, `revoked`, `expired`, `rolled_back`, `altered`), and as far as known
+    `key`, `bundle`, `model`.
+    """
+
+    public_message = "the signature of the model, or of its alias, is not trusted; the function's log says why"
+
+
 class RegistryUnavailable(RegistryError):
     """The registry did not answer, after retries. Facts: `registry`, `blob`."""
 
@@ -412,6 +422,8 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     # Not 502: the registry gives the content, and whoever may read it has to give this function a key.
     NotGranted: 403,
     Corrupt: 502,
+    # Not 502: gateways and callers repeat that, and a second try is refused as well.
+    Untrusted: 403,
     RegistryUnavailable: 503,
     ConditionsIgnored: 502,
     AliasMoved: 409,

@@ -213,9 +213,14 @@ class RegistrySettings(EnvSettings):
         fallbacks=("AWS_REGION", "AWS_DEFAULT_REGION"),
     )
     secrets_dir: str = setting(
-        "folder of OpenFaaS secrets; source of s3-access-key-id, s3-secret-access-key, hop-keys and recipient-key, if"
-        " present",
+        "folder of OpenFaaS secrets; source of s3-access-key-id, s3-secret-access-key, hop-keys, recipient-key and"
+        " trusted-keys, if present",
         "/var/openfaas/secrets",
+    )
+    trusted_keys: str = setting(
+        "keyring whose keys sign versions and aliases: a file's path, or `none`. With a keyring nothing unsigned is"
+        " loaded or run. Empty means the secret trusted-keys, and no demand of signatures where that is absent",
+        "",
     )
     hop_ca: str = setting(
         "file of CA certificates in PEM that alone vouch for https hops; empty means the secret hop-ca, or without"

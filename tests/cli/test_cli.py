@@ -35,6 +35,8 @@ COMMANDS = [
     "show",
     "alias",
     "audit",
+    "key",
+    "sign",
     "rollback",
     "rm",
     "gc",

@@ -35,6 +35,9 @@ class GatedSource:
     def bundle(self, digest: str) -> Bundle:
         return self._cache.bundle(digest)
 
+    def trusts(self, digest: str) -> bool:
+        return self._cache.trusts(digest)
+
     def locate(self, bundle_digest: str, segment_id: str) -> Located:
         self.calls.append(segment_id)
         if (gate := self.gates.get(segment_id)) is not None:

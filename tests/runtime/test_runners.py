@@ -77,6 +77,9 @@ class Source:
     def bundle(self, digest: str) -> Bundle:
         return self._cache.bundle(digest)
 
+    def trusts(self, digest: str) -> bool:
+        return self._cache.trusts(digest)
+
     def locate(self, bundle_digest: str, segment_id: str) -> Located:
         self.calls.append(segment_id)
         if self._gate is not None:

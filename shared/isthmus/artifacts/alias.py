@@ -19,6 +19,8 @@ from isthmus.errors import RegistryError
 
 # A rule of a canary is a few numbers; a document of this length is damaged or hostile.
 MAX_ALIAS_BYTES = 16 * 2**10
+ALIAS_TYPE = "application/vnd.isthmus.alias+json"
+"""The payload type of a signed alias document: docs/reference/signatures.md."""
 # Numbers stay within 63 bits.
 VersionNumber = Annotated[int, Meta(ge=1, le=10**18 - 1)]
 
@@ -28,7 +30,8 @@ class Alias(Struct, frozen=True, forbid_unknown_fields=True, tag_field="format",
 
     `digest` is of the version's manifest. Each move adds one to `counter`, the removal of an alias too, which leaves a
     void document without a version. `restores` is the counter of the move that a rollback went back to; None for other
-    moves. A bare number, the alias of older registries, reads as counter 0 without digest and time.
+    moves. `expires` ends the validity of a signed document. A bare number, the alias of older registries, reads as
+    counter 0 without digest and time.
     """
 
     name: ModelName
@@ -40,6 +43,7 @@ class Alias(Struct, frozen=True, forbid_unknown_fields=True, tag_field="format",
     moved_by: Annotated[str, Meta(max_length=200)]
     canary: Canary | None = None
     restores: Count | None = None
+    expires: Annotated[datetime, Meta(tz=True)] | None = None
 
     @property
     def origin(self) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from isthmus.errors import SettingsError
 from isthmus.registry.blobs import Address, BlobStore, check_endpoint, check_region, parse_address
 from isthmus.registry.cache import SegmentCache
@@ -12,6 +15,14 @@ from isthmus.registry.s3 import S3Store
 from isthmus.registry.source import BakedSegment, Located, SegmentSource
 from isthmus.security.recipients import read_recipient_key
 from isthmus.settings import RegistrySettings, SegmentSettings, read_secret
+
+if TYPE_CHECKING:  # cryptography takes 15 MB
+    from isthmus.security.trust import Trust
+
+TRUSTED_KEYS = "trusted-keys"
+"""The secret that holds a function's keyring."""
+NO_KEYRING = "none"
+"""The value of the setting trusted_keys that demands no signatures, whatever secrets are there."""
 
 __all__ = [
     "Address",
@@ -26,6 +37,7 @@ __all__ = [
     "SegmentCache",
     "SegmentSource",
     "Version",
+    "demanded_trust",
     "open_blob_store",
     "open_cache",
     "open_registry",
@@ -38,11 +50,30 @@ def open_registry(settings: RegistrySettings) -> Registry:
     """Build the registry at the setting `registry`; no request is sent yet.
 
     Raises:
-        SettingsError: not a folder path or s3://BUCKET/PREFIX, a malformed endpoint or region, or only one of the two
-            S3 secrets is present, or the secret recipient-key is no private key.
+        SettingsError: not a folder path or s3://BUCKET/PREFIX, a malformed endpoint or region, only one of the two
+            S3 secrets is present, the secret recipient-key is no private key, or the
+            keyring cannot be used.
     """
     retries = RetryPolicy(settings.registry_attempts, settings.registry_timeout_s)
-    return Registry(open_blob_store(settings.registry, settings), retries, read_recipient_key(settings.secrets_dir))
+    store, recipient_key = open_blob_store(settings.registry, settings), read_recipient_key(settings.secrets_dir)
+    return Registry(store, retries, recipient_key, demanded_trust(settings))
+
+
+def demanded_trust(settings: RegistrySettings) -> Trust | None:
+    """The trust that the setting or the secret demands; None where neither names a keyring.
+
+    Raises:
+        SettingsError: the keyring cannot be read or is none, or the cache folder, which remembers aliases, is not
+            writable.
+    """
+    if settings.trusted_keys == NO_KEYRING:
+        return None
+    secret = Path(settings.secrets_dir, TRUSTED_KEYS)
+    if not settings.trusted_keys and not secret.exists():
+        return None
+    from isthmus.security.trust import open_trust
+
+    return open_trust(Path(settings.trusted_keys) if settings.trusted_keys else secret, Path(settings.cache_dir))
 
 
 def open_blob_store(address: str, settings: RegistrySettings, *, any_key: bool = False) -> FolderStore | S3Store:
@@ -87,4 +118,6 @@ def open_cache(settings: RegistrySettings, registry: Registry | None = None) -> 
 
 def open_source(settings: SegmentSettings, registry: Registry | None = None) -> SegmentSource:
     """The segment source of a function: the segment baked into its image if `segment_dir` is set, else the cache."""
-    return BakedSegment(settings.segment_dir) if settings.segment_dir else open_cache(settings, registry)
+    if settings.segment_dir:
+        return BakedSegment(settings.segment_dir, demanded_trust(settings))
+    return open_cache(settings, registry)

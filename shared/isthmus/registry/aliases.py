@@ -12,17 +12,30 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
 
 from isthmus.artifacts import alias as documents
-from isthmus.artifacts.alias import MAX_ALIAS_BYTES, Alias
+from isthmus.artifacts.alias import ALIAS_TYPE, MAX_ALIAS_BYTES, Alias
 from isthmus.artifacts.bundle import is_model_name
 from isthmus.artifacts.canary import Canary
-from isthmus.errors import AliasMoved, Corrupt, Missing, RegistryError, RegistryMissing, RegistryUnavailable
+from isthmus.errors import (
+    AliasMoved,
+    Corrupt,
+    Missing,
+    RegistryError,
+    RegistryMissing,
+    RegistryUnavailable,
+    Untrusted,
+)
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.change_log import ChangeLog
 from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.security.audit import local_user
+from isthmus.security.dsse import Signer, is_envelope, read_envelope, sign
+
+if TYPE_CHECKING:  # cryptography takes 15 MB
+    from isthmus.security.trust import Trust
 
 PROD = "prod"
 """The alias of a bare model name; the first version of a model receives this alias."""
@@ -31,6 +44,8 @@ MAX_HISTORY = 500
 # Each of many simultaneous moves of one alias succeeds before the next: a minute is hundreds of moves.
 _CONTEND_S = 60.0
 _PAUSE_S = 0.05
+# A signed document is in base64, with some hundred bytes around it.
+_MAX_STORED_BYTES = 2 * MAX_ALIAS_BYTES
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,18 @@ class Move:
 
 
 @dataclass(frozen=True)
+class AliasSigner:
+    """Signs documents, each valid for `expires_s` seconds from its move; 0 is without end."""
+
+    key: Signer
+    expires_s: float
+
+    def until(self, moved_at: datetime) -> datetime | None:
+        """The end of the validity of a document."""
+        return moved_at + timedelta(seconds=self.expires_s) if self.expires_s else None
+
+
+@dataclass(frozen=True)
 class _Stored:
     """A document with its bytes in the store and their tag."""
 
@@ -67,12 +94,23 @@ class _Stored:
     data: bytes
     tag: str
 
+    @property
+    def is_signed(self) -> bool:
+        """Whether the document is in an envelope; whose, its reader's trust says."""
+        return is_envelope(self.data)
+
 
 class Aliases:
-    """The aliases in a store; thread-safe and process-safe."""
+    """The aliases in a store; thread-safe and process-safe. With `trust` signed ones alone."""
 
-    def __init__(self, store: BlobStore, retry_policy: RetryPolicy, log: ChangeLog | None = None) -> None:
-        self._store, self._retry = store, retry_policy
+    def __init__(
+        self,
+        store: BlobStore,
+        retry_policy: RetryPolicy,
+        log: ChangeLog | None = None,
+        trust: Trust | None = None,
+    ) -> None:
+        self._store, self._retry, self._trust = store, retry_policy, trust
         self._log = log or ChangeLog(store, retry_policy)
 
     def get(self, name: str, alias: str) -> Alias:
@@ -81,6 +119,7 @@ class Aliases:
         Raises:
             Missing: no such alias, or a removed one.
             Corrupt: the key holds no alias document.
+            Untrusted: no trusted key signed the document, or it is older than one before, or expired.
         """
         if is_model_name(name) and is_alias(alias):
             document = self._present(name, alias).document
@@ -95,11 +134,11 @@ class Aliases:
         )
 
     def all(self, name: str) -> dict[str, Alias]:
-        """The aliases of a model, without the removed ones."""
+        """The aliases of a model, without removed and untrusted ones."""
         prefix = f"models/{name}/aliases/"
         found = {}
         for alias in (key.removeprefix(prefix) for key in self._store.list(prefix)):
-            with suppress(Missing):
+            with suppress(Missing, Untrusted):
                 found[alias] = self.get(name, alias)
         return found
 
@@ -111,8 +150,9 @@ class Aliases:
         *,
         moved_by: str = "",
         expected: int | None = None,
+        signer: AliasSigner | None = None,
     ) -> Move:
-        """Let an alias have the target; a target that the alias has already is no move.
+        """Let an alias have the target; a target that the alias has already is no move, except with a signer.
 
         A function as the target gets the present document, again after each move by somebody else. `expected` is the
         counter that the present document must have (0 for an alias that never was).
@@ -121,6 +161,7 @@ class Aliases:
             AliasMoved: the counter is not `expected`.
             ConditionsIgnored: the store does not enforce conditional writes.
             RegistryUnavailable: others move the alias all the time.
+            Untrusted: the present document is signed, and there is no signer.
         """
         self._store.require_conditions()
         deadline = time.monotonic() + _CONTEND_S
@@ -137,10 +178,13 @@ class Aliases:
                     expected=expected,
                 )
             wanted = target(before) if callable(target) else target
-            if (before.version, before.digest, before.canary) == (wanted.version, wanted.digest, wanted.canary):
+            same = (before.version, before.digest, before.canary) == (wanted.version, wanted.digest, wanted.canary)
+            if same and signer is None:
                 return Move(before, before)
-            after = self._after(before, wanted, moved_by)
-            if self._swap(present, after):
+            if signer is None and present.is_signed and wanted.version is not None:
+                raise _unsigned_move(name, alias)
+            after = self._after(before, wanted, moved_by, signer)
+            if self._swap(present, after, signer):
                 self._log.moved(after, before.number)
                 return Move(before, after)
             time.sleep(random.uniform(0, _PAUSE_S))  # noqa: S311 - writers shall not meet again, nothing is secret
@@ -166,38 +210,48 @@ class Aliases:
     def _present(self, name: str, alias: str) -> _Stored:
         """The document of an alias; for an alias that never was, a void one without bytes and tag."""
         try:
-            return self._read(name, alias, f"models/{name}/aliases/{alias}")
+            stored = self._read(name, alias, f"models/{name}/aliases/{alias}", self._trust)
         except RegistryMissing:
             raise
         except Missing:
             return _Stored(Alias(name, alias, None, None, 0, None, ""), b"", "")
+        return stored
 
-    def _read(self, name: str, alias: str, key: str) -> _Stored:
-        data, tag = self._retry(lambda: self._store.get_tagged(key, max_bytes=MAX_ALIAS_BYTES))
+    def _read(self, name: str, alias: str, key: str, trust: Trust | None = None) -> _Stored:
+        """The document under a key; the history's are read without trust, as they are no alias any more."""
+        data, tag = self._retry(lambda: self._store.get_tagged(key, max_bytes=_MAX_STORED_BYTES))
+        if trust is not None:
+            return _Stored(trust.check_alias(self._store.url, name, alias, data), data, tag)
         try:
-            return _Stored(documents.from_json(data, name, alias), data, tag)
+            payload = read_envelope(data).payload if is_envelope(data) else data
+            return _Stored(documents.from_json(payload, name, alias), data, tag)
         except RegistryError as e:
             raise Corrupt(f"{key} in {self._store.url}: {e.message}", registry=self._store.url, blob=key) from e
 
-    def _after(self, before: Alias, target: Target, moved_by: str) -> Alias:
+    def _after(self, before: Alias, target: Target, moved_by: str, signer: AliasSigner | None) -> Alias:
+        moved_at = datetime.now(UTC)
         return Alias(
             before.name,
             before.alias,
             target.version,
             target.digest,
             before.counter + 1,
-            datetime.now(UTC),
+            moved_at,
             (moved_by or local_user())[:200],
             target.canary,
             target.restores,
+            None if signer is None else signer.until(moved_at),
         )
 
-    def _swap(self, present: _Stored, after: Alias) -> bool:
+    def _swap(self, present: _Stored, after: Alias, signer: AliasSigner | None) -> bool:
         name, alias, counter = after.name, after.alias, present.document.counter
         if present.tag:
             # Whoever sees this document stores the same bytes, so that no condition is needed here.
             self._retry(lambda: self._store.put(_place(name, alias, counter), present.data))
-        swapped = self._store.put_if_match(f"models/{name}/aliases/{alias}", documents.to_json(after), present.tag)
+        data = documents.to_json(after)
+        if signer is not None:
+            data = sign(data, ALIAS_TYPE, [signer.key])
+        swapped = self._store.put_if_match(f"models/{name}/aliases/{alias}", data, present.tag)
         if swapped and counter >= MAX_HISTORY:
             with suppress(RegistryError):
                 self._store.delete(_place(name, alias, counter - MAX_HISTORY))
@@ -207,6 +261,15 @@ class Aliases:
         prefix = _place(name, alias, "")
         texts = [key.removeprefix(prefix) for key in self._store.list(prefix)]
         return [int(text) for text in texts if text.isascii() and text.isdecimal()]
+
+
+def _unsigned_move(name: str, alias: str) -> Untrusted:
+    return Untrusted(
+        f"the alias {name}:{alias} is signed; moved without a key, functions that demand signatures would refuse it",
+        reason="not_signed",
+        model=f"{name}:{alias}",
+        hint="give the key: --sign-with FILE, or ISTHMUS_SIGN_WITH",
+    )
 
 
 def _place(name: str, alias: str, counter: int | str) -> str:

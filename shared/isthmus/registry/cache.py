@@ -24,6 +24,7 @@ from isthmus.registry.cache_files import (
 from isthmus.registry.content import blob_key, corrupt
 from isthmus.registry.registry import Registry
 from isthmus.registry.retry_policy import in_parallel
+from isthmus.registry.signatures import read_envelopes, write_envelopes
 from isthmus.registry.source import Located, Progress
 from isthmus.retries import RetryBudget
 
@@ -57,11 +58,18 @@ class SegmentCache:
 
         Raises:
             Missing, Denied, Corrupt, RegistryUnavailable: the error of the registry.
+            Untrusted: no signature of the bundle counts; nothing of it was fetched.
         """
         # The registry's: a sealed blob is opened by a grant of a bundle that is among these.
         return self._registry.bundles.get(
-            digest, lambda d: self._small("manifests", ".json", d, lambda: self._registry.manifest(d))
+            digest,
+            lambda d: self._small("manifests", ".json", d, lambda: self._registry.manifest(d)),
+            self._envelopes,
         )
+
+    def trusts(self, digest: str) -> bool:
+        """Whether a bundle in use is trusted still, its key neither revoked nor past its window; no I/O."""
+        return self._registry.bundles.trusts(digest)
 
     def blob(self, blob: Blob) -> bytes:
         """The verified bytes of a small blob, such as the labels of a model."""
@@ -213,6 +221,19 @@ class SegmentCache:
             self._space.make_room(len(data) + _SLACK_BYTES)
             write_whole(path, data)
             return data
+
+    def _envelopes(self, digest: str) -> Iterator[bytes]:
+        """The signatures of a manifest: of this cache, then, where none of these counts, the registry's."""
+        path = self._dir / "signatures" / blob_key(digest).rpartition("/")[2]
+        with self._disk_errors():
+            # Verified as the registry's are: the folder proves nothing, and spares a start the registry.
+            yield from read_envelopes(path)
+            envelopes = self._registry.signatures.of(digest)
+            if envelopes:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._space.make_room(sum(map(len, envelopes)) + _SLACK_BYTES)
+                write_envelopes(path, envelopes)
+        yield from envelopes
 
     def _check_fits(self, segment: Segment, size: int) -> None:
         if (total := size + segment.graph.size + _SLACK_BYTES) > self._limit:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cachetools import LRUCache
 
@@ -18,6 +19,9 @@ from isthmus.processing import classify_spec, image_spec
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.retries import RetryBudget
+
+if TYPE_CHECKING:  # cryptography takes 15 MB
+    from isthmus.security.trust import Trust
 
 _COMPARE_BYTES = 8 * 2**20
 _MAX_BUNDLES = 16
@@ -114,9 +118,15 @@ def check_weights(bundle: Bundle) -> None:
 
 
 class Bundles:
-    """LRU cache of parsed bundles; thread-safe."""
+    """LRU cache of parsed bundles; thread-safe. The one place where a manifest becomes a bundle that can run.
 
-    def __init__(self) -> None:
+    With `trust` only a manifest that a trusted key signed; `envelopes` gives the signatures of a digest.
+    """
+
+    def __init__(
+        self, trust: Trust | None = None, envelopes: Callable[[str], Iterable[bytes]] = lambda _digest: ()
+    ) -> None:
+        self._trust, self._envelopes = trust, envelopes
         self._bundles: LRUCache[str, Bundle] = LRUCache(_MAX_BUNDLES)
         self._lock = threading.Lock()
 
@@ -125,8 +135,22 @@ class Bundles:
         with self._lock:
             return [(name, bundle) for name, bundle in self._bundles.items() if digest in bundle.content]
 
-    def get(self, digest: str, read: Callable[[str], bytes]) -> Bundle:
-        """The cached bundle of `digest`, else the parsed manifest that `read` returns for the digest."""
+    def get(
+        self,
+        digest: str,
+        read: Callable[[str], bytes],
+        envelopes: Callable[[str], Iterable[bytes]] | None = None,
+    ) -> Bundle:
+        """The cached bundle of `digest`, else the parsed manifest that `read` returns for the digest.
+
+        `envelopes` takes the place of the constructor's.
+
+        Raises:
+            Untrusted: no signature counts; the manifest was not read.
+        """
+        if self._trust is not None:
+            # Before the cache: a key may have been revoked since.
+            self._trust.check_manifest(digest, lambda: (envelopes or self._envelopes)(digest))
         with self._lock:
             if (bundle := self._bundles.get(digest)) is not None:
                 return bundle
@@ -135,6 +159,10 @@ class Bundles:
         with self._lock:
             self._bundles[digest] = bundle
         return bundle
+
+    def trusts(self, digest: str) -> bool:
+        """Whether a bundle that was read is trusted still, its key neither revoked nor past its window; no I/O."""
+        return self._trust is None or self._trust.trusts(digest)
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,26 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from isthmus.artifacts import bundle as manifest
 from isthmus.artifacts.alias import Alias
 from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, is_digest, is_model_name
 from isthmus.artifacts.canary import Canary
 from isthmus.errors import AliasMoved, Corrupt, Missing, RegistryError, RegistryMissing, RegistryUnavailable
-from isthmus.registry.aliases import PROD, Aliases, Move, Target, check_alias
+from isthmus.registry.aliases import PROD, Aliases, AliasSigner, Move, Target, check_alias
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.change_log import ChangeLog
 from isthmus.registry.content import Bundles, Upload, check_weights, corrupt, read_manifest
 from isthmus.registry.leases import publish_lease
 from isthmus.registry.retry_policy import RetryPolicy, in_parallel
 from isthmus.registry.sealed_content import Content, refuse_sealed
+from isthmus.registry.signatures import Signatures, not_signed
 from isthmus.retries import RetryBudget
 from isthmus.security.recipients import Unwrapper
+
+if TYPE_CHECKING:  # cryptography takes 15 MB
+    from isthmus.security.trust import Trust
 
 MAX_BLOB_BYTES = 64 * 2**20
 """Bound on a blob in memory. Weights exceed this bound and are read by ranges."""
@@ -60,18 +64,27 @@ class Resolved:
 
 
 class Registry:
-    """Models in a store; `retry_policy` repeats every read and write, and sealed content opens by the recipient key."""
+    """Models in a store; `retry_policy` repeats every read and write, and sealed content opens by the recipient key.
+
+    With `trust` no bundle is read, and no number or alias resolved, without a signature of a trusted key.
+    """
 
     def __init__(
-        self, store: BlobStore, retry_policy: RetryPolicy | None = None, recipient_key: Unwrapper | None = None
+        self,
+        store: BlobStore,
+        retry_policy: RetryPolicy | None = None,
+        recipient_key: Unwrapper | None = None,
+        trust: Trust | None = None,
     ) -> None:
         self._store = store
         self.retry_policy = retry_policy or RetryPolicy()
-        self.bundles = Bundles()
+        self.trust = trust
+        self.signatures = Signatures(store, self.retry_policy)
+        self.bundles = Bundles(trust, self.signatures.of)
         self.content = Content(store, self.bundles, recipient_key)
         self.documents = Documents(store, self.retry_policy)
         self.changes = ChangeLog(store, self.retry_policy)
-        self._aliases = Aliases(store, self.retry_policy, self.changes)
+        self._aliases = Aliases(store, self.retry_policy, self.changes, trust)
 
     @property
     def url(self) -> str:
@@ -143,6 +156,7 @@ class Registry:
 
         Raises:
             Missing: no such model, version or alias; facts list the existing names.
+            Untrusted: the registry's trust demands a signature of the alias, or of the number, and none counts.
         """
         name, _, selector = reference.partition(":")
         self._check_name(name)
@@ -156,7 +170,21 @@ class Registry:
             digest = (alias and alias.digest) or self._digest(name, number)
         except Missing:
             raise self._missing(name, "version", number, self._numbers(name)) from None
+        if self.trust is not None and alias is None:
+            # The newest version is whichever the registry shows: without prod there is nothing to trust.
+            if not selector:
+                raise not_signed(f"{name}:{PROD}")
+            self.trust.check_version(name, number, digest, lambda: self.signatures.of(digest))
         return Resolved(name, number, digest, self.bundle(digest), alias)
+
+    def stands(self, reference: str) -> bool:
+        """Whether a reference that was resolved before means a version still, without a request to the registry.
+
+        An alias stands until its document expires or its key is revoked: whoever holds a newer document back, or takes
+        the registry away, has an old version served for so long at most.
+        """
+        name, _, selector = reference.partition(":")
+        return self.trust is None or _is_number(selector) or self.trust.stands(self.url, name, selector or PROD)
 
     def models(self) -> list[str]:
         """Names of all models with at least one version."""
@@ -219,17 +247,20 @@ class Registry:
         restores: int | None = None,
         moved_by: str = "",
         expected: int | None = None,
+        signer: AliasSigner | None = None,
     ) -> Move:
         """Let `alias` mean `version`, by compare-and-set: moves at the same time happen one after the other.
 
         `restores` is the counter of the move that a rollback goes back to. With `expected`, the alias moves only if
-        its counter is still this one; 0 for an alias that never was.
+        its counter is still this one; 0 for an alias that never was. `signer` signs the document, also where the
+        alias means the version already.
 
         Raises:
             Missing: no such version, or removed meanwhile; the alias means what it meant before.
             AliasMoved: the counter is not `expected`.
             ConditionsIgnored: the store does not enforce conditional writes.
             RegistryUnavailable: the version is being removed; the alias means what it meant before.
+            Untrusted: the alias is signed, and there is no signer.
             RegistryError: `alias` is malformed, or only digits.
         """
         check_alias(alias)
@@ -237,8 +268,8 @@ class Registry:
         if version not in numbers:
             raise self._missing(name, "version", version, numbers)
         target = Target(int(version), self._digest(name, version), canary, restores)
-        move = self._aliases.move(name, alias, target, moved_by=moved_by, expected=expected)
-        self._undo_if_withdrawn(move)
+        move = self._aliases.move(name, alias, target, moved_by=moved_by, expected=expected, signer=signer)
+        self._undo_if_withdrawn(move, signer)
         return move
 
     def remove_aliases(self, name: str, *, moved_by: str = "") -> None:
@@ -284,7 +315,7 @@ class Registry:
                 hint=f"let another version be that first: isthmus promote {name}:NUMBER --as {aliases[0]}",
             )
 
-    def _undo_if_withdrawn(self, move: Move) -> None:
+    def _undo_if_withdrawn(self, move: Move, signer: AliasSigner | None = None) -> None:
         """Let an alias mean what it meant before if a version that it was moved to is removed."""
         name, before = move.after.name, move.before
         gone = next((number for number in sorted(move.after.versions) if self._is_withdrawn(name, number)), None)
@@ -294,7 +325,9 @@ class Registry:
         lost = any(self._is_withdrawn(name, number) for number in before.versions)
         back = Target(None, None) if lost else Target(before.version, before.digest, before.canary, before.restores)
         with suppress(AliasMoved):  # somebody moved the alias on, and looks for themselves
-            self._aliases.move(name, move.after.alias, back, moved_by="isthmus", expected=move.after.counter)
+            self._aliases.move(
+                name, move.after.alias, back, moved_by="isthmus", expected=move.after.counter, signer=signer
+            )
         if not self._has_version(name, gone):
             raise self._missing(name, "version", gone, self._numbers(name))
         raise RegistryUnavailable(

@@ -8,12 +8,16 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, Segment, digest_of, is_digest
 from isthmus.artifacts.segment_id import SegmentId
 from isthmus.errors import BundleMismatch, Missing, RegistryError, SettingsError
-from isthmus.registry.content import corrupt, file_digest, read_manifest
+from isthmus.registry.content import Bundles, corrupt, file_digest
+from isthmus.registry.signatures import read_envelopes
+
+if TYPE_CHECKING:  # cryptography takes 15 MB
+    from isthmus.security.trust import Trust
 
 Progress = Callable[[int, int], None]
 """Callback with the bytes fetched so far and the total bytes to fetch."""
@@ -59,6 +63,10 @@ class SegmentSource(Protocol):
         """
         ...
 
+    def trusts(self, digest: str) -> bool:
+        """Whether a bundle in use is trusted still; no file is read, and nobody asked. Where not, `bundle` says why."""
+        ...
+
     def blob(self, blob: Blob) -> bytes:
         """The verified bytes of a small blob, such as the table of a codec.
 
@@ -77,6 +85,8 @@ class SegmentSource(Protocol):
 
 
 MANIFEST, SEGMENT, GRAPH, WEIGHTS = "manifest.json", "segment.json", "segment.onnx", "weights.bin"
+SIGNATURES = "signatures.json"
+"""The envelopes of the manifest; absent for an unsigned bundle."""
 BLOBS = "blobs"
 """Folder of the codec tables for decoding the segment's inputs; file names are digests in hex."""
 
@@ -90,18 +100,20 @@ class BakedSegment:
     Raises:
         SettingsError: the folder or one of its files is absent.
         Corrupt: a file does not hash to its digest.
+        Untrusted: `trust` demands a signature, and none of the folder's counts.
         RegistryError: segment.json or manifest.json does not follow its format.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, trust: Trust | None = None) -> None:
         self._folder = Path(folder)
+        self._bundles = Bundles(trust, lambda _digest: read_envelopes(self._folder / SIGNATURES))
         try:
             with (self._folder / MANIFEST).open("rb") as f:
                 # One byte beyond the bound is enough for the parser to refuse the rest unread.
-                data = f.read(MAX_MANIFEST_BYTES + 1)
+                self._manifest = f.read(MAX_MANIFEST_BYTES + 1)
             doc = (self._folder / SEGMENT).read_bytes()
-            self.digest = digest_of(data)
-            self._bundle = read_manifest(data)
+            self.digest = digest_of(self._manifest)
+            self._bundle = self.bundle(self.digest)
             self.segment_id, graph, weights = _read(doc)
             self._segment = self._bundle.segment(self.segment_id)
             self._verify(GRAPH, graph)
@@ -123,7 +135,11 @@ class BakedSegment:
                 wanted=digest,
                 hint="unset segment_dir to serve any bundle of a registry",
             )
-        return self._bundle
+        # The parsed manifest stays in memory; its signature is asked for each time.
+        return self._bundles.get(digest, lambda _digest: self._manifest)
+
+    def trusts(self, digest: str) -> bool:
+        return self._bundles.trusts(digest)
 
     def blob(self, blob: Blob) -> bytes:
         path = self._folder / BLOBS / blob.digest.removeprefix("sha256:")

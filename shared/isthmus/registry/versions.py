@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from isthmus.errors import Missing
-from isthmus.registry.aliases import PROD, Move
+from isthmus.registry.aliases import PROD, AliasSigner, Move
 from isthmus.registry.registry import Registry
 
 
@@ -21,7 +21,9 @@ def published_at(registry: Registry, name: str) -> dict[str, datetime]:
     return {number: at for number, at in written.items() if number in numbers}
 
 
-def roll_back(registry: Registry, name: str, alias: str = PROD, *, moved_by: str = "") -> Move:
+def roll_back(
+    registry: Registry, name: str, alias: str = PROD, *, moved_by: str = "", signer: AliasSigner | None = None
+) -> Move:
     """Move an alias to the version before its latest move; a second rollback undoes the move before that.
 
     Versions that were removed are skipped. A canary ends.
@@ -40,7 +42,13 @@ def roll_back(registry: Registry, name: str, alias: str = PROD, *, moved_by: str
         before = earlier.origin
         if earlier.number in numbers and earlier.version != present.version:
             return registry.move_alias(
-                name, alias, earlier.number, restores=before, moved_by=moved_by, expected=present.counter
+                name,
+                alias,
+                earlier.number,
+                restores=before,
+                moved_by=moved_by,
+                expected=present.counter,
+                signer=signer,
             )
     raise Missing(
         f"{alias} has no version of {name} before {name}:{present.version} to go back to",

@@ -144,10 +144,15 @@ class ModelCatalog:
             Missing: unknown model or version; the facts list all that exist.
             RegistryUnavailable, DeadlineExceeded: not cached yet, and the registry does not answer, or not in time.
             Overloaded: too many other requests wait for the registry.
+            Untrusted: the alias's signature does not count, or no longer.
             Further errors as `RouteSelector.select`.
         """
         with self._lock:
             entry = self._cache.get(reference)
+            if entry is not None and not self._registry.stands(reference):
+                # A registry that is frozen, or away, must not have an old version served for good.
+                del self._cache[reference]
+                entry = None
         if entry is None:
             return self._lookups.find(reference, partial(self._resolve, reference), deadline)
         now = time.monotonic()

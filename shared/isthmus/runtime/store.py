@@ -119,6 +119,9 @@ class SegmentStore:
             RegistryError, RunFailed: the segment could not be fetched, or not be loaded.
         """
         key = (bundle, segment)
+        # Segments in memory outlive the trust in their signer.
+        if not self._source.trusts(bundle):
+            self.bundle(bundle, segment, deadline)
         while True:
             if (runner := self._memory.get(key)) is not None:
                 return runner
@@ -173,7 +176,8 @@ class SegmentStore:
             NotReady: the manifest was still being read when the deadline passed.
             Missing, RegistryError: no such bundle or segment, or the manifest cannot be read.
         """
-        if (runner := self._memory.peek((bundle, segment))) is not None:
+        runner = self._memory.peek((bundle, segment))
+        if runner is not None and self._source.trusts(bundle):
             return runner.segment
         return self.bundle(bundle, segment, deadline).segment(segment)
 

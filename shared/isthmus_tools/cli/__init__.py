@@ -34,6 +34,8 @@ COMMANDS = {
     "show": "Show a version of a model: its inputs, cuts, calibration and plan, and the model's other versions.",
     "alias": "Let an alias mean a version from now on; prod is what requests without a version reach.",
     "rollback": "Move an alias back to the version that it meant before; once more goes further back.",
+    "key": "Create a signing key, or change the keyring that functions trust.",
+    "sign": "Sign a version; named by an alias, the alias too, which renews its expiry.",
     "rm": "Remove a version that no alias means; its content goes with the next `isthmus gc`.",
     "gc": "List content of the registry that no version reaches: of removed versions, tried plans, killed publishes.",
     "audit": "List who changed what in a registry; with --verify, check the chain of entries.",

@@ -40,6 +40,18 @@ DropPlan = Annotated[
         help="Move the alias even where the version that it means has a plan and the new one would have none.",
     ),
 ]
+SignWith = Annotated[
+    Path | None,
+    typer.Option(
+        "--sign-with",
+        envvar="ISTHMUS_SIGN_WITH",
+        help="Sign with the key in this file: what functions with trusted keys demand.",
+    ),
+]
+ExpiresDays = Annotated[
+    float,
+    typer.Option(min=0, max=36_500, help="Validity of the signed alias from now on, in days; 0 is without end."),
+]
 TimeLimit = Annotated[
     str, typer.Option(help="Begin nothing more after this time; what was left out is told. 0s is no limit.")
 ]
@@ -109,7 +121,8 @@ def registry_settings(registry: str, cache_dir: str = CACHE_DIR) -> RegistrySett
     if not Path(RegistrySettings.secrets_dir).is_dir():
         defaults["secrets_dir"] = ENGINE_SECRETS
     variables = {name: text for name, text in os.environ.items() if text.strip()}
-    return RegistrySettings.from_env({**defaults, **variables, "registry": registry})
+    # Commands read and make versions that nobody has signed yet; the demand is of functions.
+    return RegistrySettings.from_env({**defaults, **variables, "registry": registry, "trusted_keys": "none"})
 
 
 def stack_variables(registry: str) -> dict[str, str]:

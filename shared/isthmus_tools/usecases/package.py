@@ -18,6 +18,8 @@ from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import LocalError, Missing
 from isthmus.registry import FolderStore, Registry, Resolved, SegmentCache, open_cache, open_registry
 from isthmus.registry.content import blob_key
+from isthmus.registry.signatures import Signatures, copy_signatures, write_envelopes
+from isthmus.registry.source import SIGNATURES
 from isthmus.settings import RegistrySettings, SegmentSettings
 from isthmus.units import format_size
 from isthmus_tools.engine.stack import read_stack, substitute
@@ -135,7 +137,10 @@ def package(request: PackageRequest, progress: Progress = silent) -> PackageResu
             weights[name] = _bake(store, cache, part, written / name / "segment")
         progress(f"writing {stem}-router")
         _bake_registry(store, model, partition, written / f"{stem}-router" / "registry")
-        functions = _functions(base, stem, model.name, partition, folder, written)
+        # An alias baked here is nobody's signed word: with signatures the router names the version.
+        is_signed = bool(store.signatures.of(model.digest))
+        served = f"{model.name}:{model.version}" if is_signed else model.name
+        functions = _functions(base, stem, served, partition, folder, written)
         keys = ("version", "provider", "configuration")
         document = {**{key: base[key] for key in keys if key in base}, "functions": functions}
         heading = f"{_HEADING} {request.model}`: each segment baked into a function of its own.\n"
@@ -269,6 +274,9 @@ def _bake(store: Registry, cache: SegmentCache, part: _Part, folder: Path) -> in
     with cache.locate(part.digest, part.segment.id) as located:
         size = bake(located, store.manifest(part.digest), folder)
     bake_tables(part.bundle, part.segment, store.blob, folder)
+    # What functions with trusted keys demand beside the manifest.
+    if envelopes := store.signatures.of(part.digest):
+        write_envelopes(folder / SIGNATURES, envelopes)
     return size
 
 
@@ -338,6 +346,7 @@ def _bake_registry(store: Registry, model: Resolved, partition: _Partition, fold
     # A plan's variant is a bundle of its own, with a manifest of its own.
     for digest in {model.digest, *(part.digest for part in partition.parts)}:
         small.put(blob_key(digest), store.manifest(digest))
+        copy_signatures(store.signatures, digest, Signatures(small, store.retry_policy))
     bundle = model.bundle
     # Labels for classes, fidelity for the fallback chain, the plan for routes, tables for codecs.
     for blob in (bundle.labels, bundle.fidelity, bundle.plan, *bundle.tables.values()):

@@ -1,0 +1,96 @@
+"""`isthmus key`: create signing keys, and keep the keyring of trusted ones."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from isthmus.errors import RequestMalformed
+from isthmus_tools.cli.console import errors, print_json, say, say_command, table
+from isthmus_tools.cli.options import AsJson
+
+
+class KeyAction(StrEnum):
+    """What to do with a key."""
+
+    NEW = "new"
+    LIST = "list"
+    TRUST = "trust"
+    REVOKE = "revoke"
+
+
+def key(
+    action: Annotated[
+        KeyAction,
+        typer.Argument(
+            help="new FILE creates a key; list KEYRING shows the keys of a keyring; trust KEYRING PUBLIC.pem adds a key"
+            " to it; revoke KEYRING ID lets a key's signatures count for nothing."
+        ),
+    ],
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="The new key's file, or the keyring.")],
+    subject: Annotated[
+        str, typer.Argument(metavar="[PUBLIC.pem|ID]", help="The public key to trust, or the id to revoke.")
+    ] = "",
+    *,
+    name: Annotated[str, typer.Option(help="A name of the trusted key, for readers.")] = "",
+    not_before: Annotated[
+        datetime | None, typer.Option("--from", help="Trust the key from this time on (UTC).", metavar="DATE")
+    ] = None,
+    not_after: Annotated[
+        datetime | None, typer.Option("--until", help="Trust the key until this time (UTC).", metavar="DATE")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Create a signing key, or change the keyring that functions trust.
+
+    Example: `isthmus key new release.pem`
+    """
+    from isthmus_tools.usecases import keys
+
+    with errors(as_json):
+        _check_subject(action, subject)
+        if action is KeyAction.NEW:
+            new = keys.new_key(path)
+            if as_json:
+                print_json({"id": new.id, "private": str(new.private), "public": str(new.public)})
+                return
+            say(f"key {new.id}: {new.private} is secret and signs, {new.public} is public and verifies")
+            say_command("next", f"isthmus key trust trusted-keys.json {new.public}")
+        elif action is KeyAction.LIST:
+            listed = keys.list_keys(path)
+            if as_json:
+                print_json({"keys": [each.document() for each in listed]})
+                return
+            rows = [(each.id, each.name, each.state, _date(each.not_before), _date(each.not_after)) for each in listed]
+            table(f"keys of {path}", ("id", "name", "state", "from", "until"), rows, drop=("from", "until"))
+        else:
+            if action is KeyAction.TRUST:
+                key_id = keys.trust_key(path, Path(subject), name, _utc(not_before), _utc(not_after))
+            else:
+                key_id = keys.revoke_key(path, subject)
+            if as_json:
+                print_json({"id": key_id, "keyring": str(path), "action": action.value})
+                return
+            say(f"{path} {'trusts' if action is KeyAction.TRUST else 'has revoked'} {key_id}")
+            say_command("next", f"faas-cli secret create trusted-keys --from-file={path}")
+
+
+def _check_subject(action: KeyAction, subject: str) -> None:
+    needs = {KeyAction.TRUST: "the file of a public key", KeyAction.REVOKE: "the id of a key"}.get(action, "")
+    if bool(needs) != bool(subject):
+        raise RequestMalformed(
+            f"isthmus key {action.value} takes {needs or 'nothing more'} after the file"
+            + (f"; {subject!r} is more" if subject else "")
+        )
+
+
+def _utc(at: datetime | None) -> datetime | None:
+    return None if at is None else at.replace(tzinfo=UTC)
+
+
+def _date(at: datetime | None) -> str:
+    return "" if at is None else f"{at:%Y-%m-%d %H:%M}"

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
 
 from isthmus.artifacts import alias as documents
 from isthmus.artifacts.alias import ALIAS_TYPE, MAX_ALIAS_BYTES, Alias
@@ -30,12 +29,10 @@ from isthmus.errors import (
 )
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.change_log import ChangeLog
+from isthmus.registry.content import RegistryTrust
 from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.security.audit import local_user
 from isthmus.security.dsse import Signer, is_envelope, read_envelope, sign
-
-if TYPE_CHECKING:  # cryptography takes 15 MB
-    from isthmus.security.trust import Trust
 
 PROD = "prod"
 """The alias of a bare model name; the first version of a model receives this alias."""
@@ -108,7 +105,7 @@ class Aliases:
         store: BlobStore,
         retry_policy: RetryPolicy,
         log: ChangeLog | None = None,
-        trust: Trust | None = None,
+        trust: RegistryTrust | None = None,
     ) -> None:
         self._store, self._retry, self._trust = store, retry_policy, trust
         self._log = log or ChangeLog(store, retry_policy)
@@ -217,7 +214,7 @@ class Aliases:
             return _Stored(Alias(name, alias, None, None, 0, None, ""), b"", "")
         return stored
 
-    def _read(self, name: str, alias: str, key: str, trust: Trust | None = None) -> _Stored:
+    def _read(self, name: str, alias: str, key: str, trust: RegistryTrust | None = None) -> _Stored:
         """The document under a key; the history's are read without trust, as they are no alias any more."""
         data, tag = self._retry(lambda: self._store.get_tagged(key, max_bytes=_MAX_STORED_BYTES))
         if trust is not None:

@@ -7,11 +7,12 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from cachetools import LRUCache
 
 from isthmus.artifacts import bundle as manifest
+from isthmus.artifacts.alias import Alias
 from isthmus.artifacts.bundle import Bundle, is_digest
 from isthmus.artifacts.tensors import DTYPE_NAMES
 from isthmus.errors import Corrupt, Missing, ModelError, RegistryError
@@ -19,9 +20,6 @@ from isthmus.processing import classify_spec, image_spec
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.retries import RetryBudget
-
-if TYPE_CHECKING:  # cryptography takes 15 MB
-    from isthmus.security.trust import Trust
 
 _COMPARE_BYTES = 8 * 2**20
 _MAX_BUNDLES = 16
@@ -117,6 +115,42 @@ def check_weights(bundle: Bundle) -> None:
             last = stop
 
 
+class RegistryTrust(Protocol):
+    """Whose signatures count: `security.trust.Trust`, whose library is loaded where a keyring is there."""
+
+    def check_manifest(self, digest: str, envelopes: Callable[[], Iterable[bytes]]) -> None:
+        """Refuse a manifest without a signature that counts.
+
+        Raises:
+            Untrusted: with the reason.
+        """
+        ...
+
+    def check_version(self, name: str, number: str, digest: str, envelopes: Callable[[], Iterable[bytes]]) -> None:
+        """Refuse a number that no trusted key gave to the digest.
+
+        Raises:
+            Untrusted: with the reason.
+        """
+        ...
+
+    def check_alias(self, registry: str, name: str, alias: str, data: bytes) -> Alias:
+        """The document of a signed alias.
+
+        Raises:
+            Untrusted: with the reason.
+        """
+        ...
+
+    def trusts(self, digest: str) -> bool:
+        """Whether a manifest that was checked is trusted still; no I/O."""
+        ...
+
+    def stands(self, registry: str, name: str, alias: str) -> bool:
+        """Whether an alias that was checked counts still; no I/O."""
+        ...
+
+
 class Bundles:
     """LRU cache of parsed bundles; thread-safe. The one place where a manifest becomes a bundle that can run.
 
@@ -124,7 +158,7 @@ class Bundles:
     """
 
     def __init__(
-        self, trust: Trust | None = None, envelopes: Callable[[str], Iterable[bytes]] = lambda _digest: ()
+        self, trust: RegistryTrust | None = None, envelopes: Callable[[str], Iterable[bytes]] = lambda _digest: ()
     ) -> None:
         self._trust, self._envelopes = trust, envelopes
         self._bundles: LRUCache[str, Bundle] = LRUCache(_MAX_BUNDLES)

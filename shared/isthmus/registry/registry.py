@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from isthmus.artifacts import bundle as manifest
 from isthmus.artifacts.alias import Alias
@@ -17,16 +17,13 @@ from isthmus.errors import AliasMoved, Corrupt, Missing, RegistryError, Registry
 from isthmus.registry.aliases import PROD, Aliases, AliasSigner, Move, Target, check_alias
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.change_log import ChangeLog
-from isthmus.registry.content import Bundles, Upload, check_weights, corrupt, read_manifest
+from isthmus.registry.content import Bundles, RegistryTrust, Upload, check_weights, corrupt, read_manifest
 from isthmus.registry.leases import publish_lease
 from isthmus.registry.retry_policy import RetryPolicy, in_parallel
 from isthmus.registry.sealed_content import Content, refuse_sealed
 from isthmus.registry.signatures import Signatures, not_signed
 from isthmus.retries import RetryBudget
 from isthmus.security.recipients import Unwrapper
-
-if TYPE_CHECKING:  # cryptography takes 15 MB
-    from isthmus.security.trust import Trust
 
 MAX_BLOB_BYTES = 64 * 2**20
 """Bound on a blob in memory. Weights exceed this bound and are read by ranges."""
@@ -74,7 +71,7 @@ class Registry:
         store: BlobStore,
         retry_policy: RetryPolicy | None = None,
         recipient_key: Unwrapper | None = None,
-        trust: Trust | None = None,
+        trust: RegistryTrust | None = None,
     ) -> None:
         self._store = store
         self.retry_policy = retry_policy or RetryPolicy()

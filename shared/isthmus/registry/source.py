@@ -8,16 +8,13 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import Protocol, Self
 
 from isthmus.artifacts.bundle import MAX_MANIFEST_BYTES, Blob, Bundle, Segment, digest_of, is_digest
 from isthmus.artifacts.segment_id import SegmentId
 from isthmus.errors import BundleMismatch, Missing, RegistryError, SettingsError
-from isthmus.registry.content import Bundles, corrupt, file_digest
+from isthmus.registry.content import Bundles, RegistryTrust, corrupt, file_digest
 from isthmus.registry.signatures import read_envelopes
-
-if TYPE_CHECKING:  # cryptography takes 15 MB
-    from isthmus.security.trust import Trust
 
 Progress = Callable[[int, int], None]
 """Callback with the bytes fetched so far and the total bytes to fetch."""
@@ -104,7 +101,7 @@ class BakedSegment:
         RegistryError: segment.json or manifest.json does not follow its format.
     """
 
-    def __init__(self, folder: Path | str, trust: Trust | None = None) -> None:
+    def __init__(self, folder: Path | str, trust: RegistryTrust | None = None) -> None:
         self._folder = Path(folder)
         self._bundles = Bundles(trust, lambda _digest: read_envelopes(self._folder / SIGNATURES))
         try:

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import trustme
 
 from isthmus.context import Deadline
-from isthmus.errors import HopRejected
+from isthmus.errors import HopRejected, HopUntrusted
+from isthmus.http.tls import open_trust
 from isthmus.pipeline import HttpHop
 from isthmus.security.protected_call import SEALED_TYPE, open_protection
 from isthmus.settings import SegmentSettings
@@ -24,10 +26,13 @@ from isthmus_tools.engine import Engine
 from isthmus_tools.usecases.security_check import SecurityRequest, SecurityResult, check_security
 from support.bundles import Published, framed, photo
 from support.bundles import photos as photos
+from support.cli import document, isthmus, refusal
 from support.hop_servers import context
 from support.local_stack import http, system
 from support.paths import ROOT
 from support.patience import LONG_S
+from support.tls_servers import server_context, tls_proxy
+from support.tls_servers import write_secrets as tls_files
 
 EDGE, CLOUD = ("router", "edge-head"), ("cloud-tail",)
 PHOTO = {"Content-Type": "image/png"}
@@ -39,10 +44,15 @@ def random_text() -> str:
 
 @dataclass(frozen=True)
 class Deployment:
-    """The edge's and the cloud's gateways, whose functions share a folder of secrets."""
+    """The edge's and the cloud's gateways, whose functions share a folder of secrets.
+
+    Proxies before them end TLS, at `edge_https` and `cloud_https`, and demand a client certificate.
+    """
 
     edge: Engine
     cloud: Engine
+    edge_https: str
+    cloud_https: str
     secrets: Path
     values: tuple[str, ...]
 
@@ -86,11 +96,16 @@ def deployment(photos: Published, tmp_path_factory: pytest.TempPathFactory) -> I
         )
 
     with ExitStack() as stack:
-        cloud = site(stack, CLOUD)
-        edge = site(stack, EDGE, TAIL_GATEWAY=cloud.url)
+        cloud, ca = site(stack, CLOUD), trustme.CA()
+        tls_files(folder / "secrets", ca=ca, client=ca.issue_cert("router.edge.example"))
+        tls = server_context(ca.issue_cert("localhost"), demanded_by=ca)
+        cloud_https = stack.enter_context(tls_proxy(tls, cloud.url))
+        edge = site(stack, EDGE, TAIL_GATEWAY=cloud_https)
+        edge_https = stack.enter_context(tls_proxy(tls, edge.url))
         cloud.wait_ready(2 * LONG_S)
         edge.wait_ready(2 * LONG_S)
-        yield Deployment(edge, cloud, folder / "secrets", values)
+        key = (folder / "secrets" / "hop-client-key").read_text().splitlines()[1]
+        yield Deployment(edge, cloud, edge_https, cloud_https, folder / "secrets", (*values, key))
 
 
 def test_a_photo_goes_through_both_gateways(deployment: Deployment) -> None:
@@ -133,6 +148,43 @@ def test_a_stranger_with_keys_of_his_own_gets_401(deployment: Deployment, photos
     assert deployment.runs() == before
 
 
+def test_a_stranger_without_a_certificate_does_not_get_past_the_clouds_proxy(
+    deployment: Deployment, photos: Published, tmp_path: Path
+) -> None:
+    before = deployment.runs()
+    settings = replace(registry_settings(""), secrets_dir=str(tmp_path), hop_ca=str(deployment.secrets / "hop-ca"))
+    hop = HttpHop(
+        f"{deployment.cloud_https}/function/cloud-tail",
+        attempts=1,
+        connect_timeout_s=LONG_S,
+        max_reply_bytes=2**20,
+        protection=open_protection(SegmentSettings(secrets_dir=str(deployment.secrets))),
+        trust=open_trust(settings),
+    )
+    with pytest.raises(HopUntrusted) as caught:
+        hop.load(photos.digest, "..", Deadline.after(LONG_S))
+    hop.close()
+    assert caught.value.facts["reason"] == "certificate_demanded"
+    assert deployment.runs() == before
+
+
+def test_commands_call_the_cloud_with_the_same_certificates(
+    deployment: Deployment, photos: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photo.png").write_bytes(photo())
+    (tmp_path / "token").write_text("wrong")
+    infer = ("infer", tmp_path / "photo.png", "--url", f"{deployment.edge_https}/function/router", "--json")
+    tail = f"{deployment.cloud_https}/function/cloud-tail"
+    profile = ("profile", "photos", "--tail", tail, "--token-file", tmp_path / "token", "--json")
+    registry = ("--registry", photos.folder)
+    monkeypatch.setenv("secrets_dir", str(deployment.secrets))
+    assert document(isthmus(*infer))[0]["classes"]
+    assert refusal(isthmus(*profile, *registry))["type"] == "ProfilingRefused"
+    monkeypatch.setenv("secrets_dir", "/nowhere")
+    for refused in (refusal(isthmus(*infer)), refusal(isthmus(*profile, *registry))):
+        assert (refused["type"], refused["facts"]["reason"]) == ("HopUntrusted", "unknown_ca")
+
+
 def test_a_stranger_measures_nothing_and_deploys_nothing(deployment: Deployment, photos: Published) -> None:
     before = deployment.runs()
     assert http("POST", f"{deployment.tail}/profile", body=framed(photos)).status in (401, 403)
@@ -164,9 +216,8 @@ def test_secrets_are_in_no_log_no_environment_and_no_response(deployment: Deploy
         assert not [text for text in texts if value in text]
 
 
-def checked(deployment: Deployment, secrets: Path) -> SecurityResult:
+def checked(secrets: Path, *gateways: str) -> SecurityResult:
     settings = replace(registry_settings(""), secrets_dir=str(secrets))
-    gateways = (deployment.edge.url, deployment.cloud.url)
     variables = {"ISTHMUS_SECRETS": "[hop-keys]"}
     return check_security(
         SecurityRequest(stack=ROOT / "stack.yml", settings=settings, variables=variables, gateways=gateways)
@@ -174,7 +225,7 @@ def checked(deployment: Deployment, secrets: Path) -> SecurityResult:
 
 
 def test_doctor_finds_the_tail_closed_and_the_router_open(deployment: Deployment) -> None:
-    result = checked(deployment, deployment.secrets)
+    result = checked(deployment.secrets, deployment.edge.url, deployment.cloud_https)
     states = {(f.check, f.state) for f in result.findings}
     assert {("strangers", "ok"), ("one-key", "ok"), ("administration", "ok"), ("clock", "ok")} <= states
     # Callers of the router are not configured, and the profile token is set.
@@ -190,5 +241,5 @@ def test_doctor_finds_the_tail_closed_and_the_router_open(deployment: Deployment
 def test_doctor_sees_a_key_that_is_not_the_functions(deployment: Deployment, tmp_path: Path) -> None:
     write_secrets(tmp_path / "own")
     (tmp_path / "own" / "s3-access-key-id").chmod(0o644)
-    findings = checked(deployment, tmp_path / "own").findings
+    findings = checked(tmp_path / "own", deployment.edge.url, deployment.cloud.url).findings
     assert {f.where for f in findings if (f.check, f.state) == ("one-key", "open")} == {"edge-head", "cloud-tail"}

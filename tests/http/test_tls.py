@@ -17,7 +17,10 @@ import pytest
 import trustme
 
 from isthmus.client import Client
-from isthmus.errors import HopUntrusted, SettingsError, http_status
+from isthmus.errors import HopUnavailable, HopUntrusted, SettingsError, http_status
+from isthmus.events.configuration import RouterTable
+from isthmus.events.message import Message
+from isthmus.events.route import Outcome, RouterRoute
 from isthmus.http.tls import TlsFiles, TlsTrust, files_of, open_trust
 from isthmus.pipeline import HttpHop
 from isthmus.routing.fallback import is_hops_fault
@@ -267,6 +270,27 @@ def test_the_client_of_a_router_has_the_same_errors(server: str, ca: trustme.CA,
         Client(server).get("/")
     assert caught.value.facts["reason"] == "unknown_ca"
     assert Client(server, trust=open_trust(settings_at(write_secrets(tmp_path / "s", ca=ca)))).get("/").status == 200
+
+
+def test_a_trigger_calls_its_router_with_the_same_certificates(server: str, ca: trustme.CA, tmp_path: Path) -> None:
+    table, message = RouterTable(url=server), Message(b"{}", "m1", "application/json")
+    with closing(RouterRoute(table)) as route:
+        away = route.call(message)
+    assert (away.outcome, "signed by no CA" in away.reason) == (Outcome.AWAY, True)
+    with closing(RouterRoute(table, open_trust(settings_at(write_secrets(tmp_path / "s", ca=ca))))) as route:
+        assert route.call(message).outcome is Outcome.DONE
+
+
+def test_a_connection_that_ends_without_an_alert_has_advice(ca: trustme.CA, tmp_path: Path) -> None:
+    """Servers of asyncio end a connection so where a client shows no certificate."""
+    trust = open_trust(settings_at(write_secrets(tmp_path / "s", ca=ca)))
+    with (
+        tls_server(server_context(ca.issue_cert("localhost")), ends=True) as url,
+        closing(HttpHop(url, attempts=1, connect_timeout_s=LONG_S, max_reply_bytes=2**20, trust=trust)) as hop,
+        pytest.raises(HopUnavailable, match="broke off") as caught,
+    ):
+        hop.call(FRAME, context())
+    assert "client certificate" in caught.value.hint
 
 
 def test_nothing_turns_verification_off() -> None:

@@ -80,6 +80,8 @@ _MISMATCH = "BundleMismatch"
 # Bundles that a function with other ones names in its refusal.
 MAX_HELD = 8
 _KEYS_ADVICE = "give both functions the same secret hop-keys, and the same hop_security"
+# Some servers end a connection without an alert where the client shows no certificate.
+_TLS_END_ADVICE = "if it ends every connection, it may demand a client certificate: docs/how-to/tls.md"
 _NO_SUCH_PATH = ("NotFound", "MethodNotAllowed")
 
 
@@ -422,7 +424,8 @@ class HttpHop:
         except TimeoutError as e:
             raise HopTimeout(f"{self.name} did not answer within the deadline", hop=self.name) from e
         except BrokenOff as e:
-            raise HopUnavailable(f"{self.name} broke off: {e}", hop=self.name) from e
+            hint = _TLS_END_ADVICE if self.name.startswith("https:") else ""
+            raise HopUnavailable(f"{self.name} broke off: {e}", hint=hint, hop=self.name) from e
 
     def _refuse(self, response: Response) -> NoReturn:
         """Raise the error of a status other than 200. Source: docs/reference/hops.md, from OpenFaaS's sources."""

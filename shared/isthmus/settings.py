@@ -440,6 +440,17 @@ class RouterSettings(SegmentSettings):
         0.01,
         maximum=1,
     )
+    canary_header: str = setting(
+        "request header that keeps callers without a name on one version where an alias has a canary, such as"
+        " X-Session; empty means that each of their requests is drawn by itself",
+        "",
+    )
+    canary_compared: float = setting(
+        "share of the requests of an alias with a canary that the router repeats with the other version, in idle time,"
+        " to compare the predictions; 0 disables the comparison",
+        0.25,
+        maximum=1,
+    )
     plan: bool = setting("whether the router follows the plan in the model's bundle, if `cuts` is empty", True)
     adapt: bool = setting(
         "whether the router chooses the route of each request among the candidates of the plan, and takes another where"

@@ -14,7 +14,7 @@ import pytest
 from isthmus.artifacts.bundle import Bundle
 from isthmus.context import Deadline
 from isthmus.registry import FolderStore, Registry, Resolved
-from isthmus.routing import ModelCatalog, RouteCandidate, ServedModel
+from isthmus.routing import CanaryTrials, ModelCatalog, RouteCandidate, ServedModel
 from support.bundles import publish_photos
 from support.hops import Echo
 from support.patience import LONG_S, eventually
@@ -62,7 +62,8 @@ class Scene:
 
     def open(self, refresh_s: float) -> None:
         routes: Any = OneRoute()
-        self.catalog = ModelCatalog(self.registry, refresh_s, logging.getLogger("isthmus"), routes, self)
+        log = logging.getLogger("isthmus")
+        self.catalog = ModelCatalog(self.registry, refresh_s, log, routes, self, CanaryTrials(self.registry, log))
 
     def move(self, version: int) -> None:
         self.versions[version].registry.move_alias("photos", "live", self.versions[version].version)

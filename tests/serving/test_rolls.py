@@ -69,7 +69,7 @@ class Rolled:
         place.replace(self.functions[1, segment])
 
     def move(self) -> None:
-        self.versions[1].registry.set_alias("photos", "prod", self.versions[1].version)
+        self.versions[1].registry.move_alias("photos", "prod", self.versions[1].version)
 
     def send(self) -> Served:
         reply = self.router.test_client().post(INFER, json=oip_json(self.versions[0]))

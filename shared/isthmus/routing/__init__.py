@@ -1,9 +1,11 @@
 """The choice of a request's route: model catalog, candidate routes, dispatch, and the accuracy guard."""
 
 from isthmus.routing.attempts import GenerationRoute
-from isthmus.routing.candidates import RouteCandidate
-from isthmus.routing.catalog import ModelCatalog, ServedModel
+from isthmus.routing.canary_trials import CanaryTrials
+from isthmus.routing.candidates import RouteCandidate, ServedModel
+from isthmus.routing.catalog import ModelCatalog, VersionDraw
 from isthmus.routing.codec_override import override_codec, parse_override
+from isthmus.routing.comparison import Comparison
 from isthmus.routing.dispatcher import DEGRADED_HEADER, ROUTE_HEADER, Attempt, Dispatcher
 from isthmus.routing.estimates import Estimates
 from isthmus.routing.guard import Guard
@@ -18,6 +20,8 @@ __all__ = [
     "DEGRADED_HEADER",
     "ROUTE_HEADER",
     "Attempt",
+    "CanaryTrials",
+    "Comparison",
     "Dispatcher",
     "Estimates",
     "GenerationRoute",
@@ -28,6 +32,7 @@ __all__ = [
     "RouteCandidate",
     "RouteSelector",
     "ServedModel",
+    "VersionDraw",
     "Warming",
     "WatchedHop",
     "override_codec",

@@ -1,4 +1,4 @@
-"""Candidate routes: the ways to answer a model's requests."""
+"""Candidate routes, the ways to answer a model's requests, and a version with its candidates."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.plan import Terms
 from isthmus.pipeline import PhotoInput, Route
 from isthmus.routing.demand import Demand
@@ -50,3 +51,20 @@ class RouteCandidate:
     def far_hop(self) -> str:
         """Name of the last hop, behind the link where the route has one."""
         return self.hops[-1]
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A version of a model, its class names where the bundle has any, and the candidate routes of its requests."""
+
+    name: str
+    version: str
+    digest: str
+    bundle: Bundle
+    labels: tuple[str, ...] | None
+    candidates: tuple[RouteCandidate, ...]
+
+    @property
+    def route(self) -> RouteCandidate:
+        """The plan's choice."""
+        return self.candidates[0]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from cachetools import LRUCache, TTLCache
 
+from isthmus.artifacts.alias import Alias
 from isthmus.artifacts.bundle import Blob, Bundle
 from isthmus.context import Deadline
 from isthmus.errors import (
@@ -31,7 +33,9 @@ from isthmus.processing.classify_spec import parse_labels
 from isthmus.registry import Registry
 from isthmus.registry.lookups import Lookups
 from isthmus.retries import backoff
-from isthmus.routing.candidates import RouteCandidate
+from isthmus.routing.canary_trial import CANARY, STABLE, CanaryTrial
+from isthmus.routing.canary_trials import CanaryTrials
+from isthmus.routing.candidates import RouteCandidate, ServedModel
 from isthmus.routing.selection import RouteSelector
 
 # Models in the cache; names come from callers, so there must be an end.
@@ -55,23 +59,6 @@ MAX_LISTED = 200
 
 
 @dataclass(frozen=True)
-class ServedModel:
-    """A version of a model, its class names where the bundle has any, and the candidate routes of its requests."""
-
-    name: str
-    version: str
-    digest: str
-    bundle: Bundle
-    labels: tuple[str, ...] | None
-    candidates: tuple[RouteCandidate, ...]
-
-    @property
-    def route(self) -> RouteCandidate:
-        """The plan's choice."""
-        return self.candidates[0]
-
-
-@dataclass(frozen=True)
 class ModelListing:
     """A published model: its versions, oldest first, and its aliases with the version of each."""
 
@@ -80,17 +67,26 @@ class ModelListing:
     aliases: Mapping[str, str]
 
 
+class VersionDraw(NamedTuple):
+    """The version that a request gets; `alias` and `release`, stable or canary, where a canary is on trial."""
+
+    model: ServedModel
+    alias: str = ""
+    release: str = ""
+
+
 @dataclass
 class _NameEntry:
     model: ServedModel
     refresh_at: float
     expires: float
+    trial: CanaryTrial | None = None
     refreshing: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def now(cls, model: ServedModel, seconds: float) -> Self:
+    def now(cls, model: ServedModel, seconds: float, trial: CanaryTrial | None = None) -> Self:
         now = time.monotonic()
-        return cls(model, now + seconds / 2, now + seconds)
+        return cls(model, now + seconds / 2, now + seconds, trial)
 
 
 class VersionLoading(Protocol):
@@ -120,8 +116,9 @@ class ModelCatalog:
         log: logging.Logger,
         routes: RouteSelector,
         loading: VersionLoading,
+        trials: CanaryTrials,
     ) -> None:
-        self._registry, self._routes, self._loading = registry, routes, loading
+        self._registry, self._routes, self._loading, self._trials = registry, routes, loading, trials
         self._refresh_s = refresh_s
         self._log = log
         self._lock = threading.Lock()
@@ -162,6 +159,25 @@ class ModelCatalog:
                 with contextlib.suppress(TimeoutError):
                     return refresh.result(timeout=MAX_REFRESH_WAIT_S)
         return entry.model
+
+    def draw(self, reference: str, caller: str, deadline: Deadline) -> VersionDraw:
+        """The version of a name for a request: that of `get`, or for a share of the callers the canary of the alias.
+
+        A caller with a name gets the same version each time; each request of one without a name is drawn by itself.
+
+        Raises:
+            As `get`.
+        """
+        model = self.get(reference, deadline)
+        with self._lock:
+            entry = self._cache.get(reference)
+        trial = None if entry is None else entry.trial
+        # The alias may have moved to a version that is not loaded yet, and have a canary beside that one.
+        if trial is None or trial.reason or trial.stable.digest != model.digest:
+            return VersionDraw(model)
+        canary = trial.canary
+        is_tried = canary.takes(caller) if caller else random.random() < canary.share  # noqa: S311 - no secret
+        return VersionDraw(trial.tried if is_tried else model, trial.alias.alias, CANARY if is_tried else STABLE)
 
     def renew(self, reference: str, refusal: HopMismatch, deadline: Deadline) -> ServedModel:
         """The version that all functions of its route hold, after one of them refused the version in force.
@@ -237,20 +253,35 @@ class ModelCatalog:
         return tuple(listings)
 
     def _refresh(self, reference: str, entry: _NameEntry) -> ServedModel:
-        model, seconds = entry.model, self._refresh_s
+        later = _NameEntry.now(entry.model, self._refresh_s, entry.trial)
         try:
-            newest = self._version(reference)
-            if newest.digest == model.digest or self._loading.prepare(newest):
-                model = newest
+            newest, alias = self._version(reference)
+            if newest.digest == entry.model.digest or self._loading.prepare(newest):
+                later = self._entry(newest, alias)
             else:
-                seconds = min(seconds, _PREPARING_S)
+                later = _NameEntry.now(entry.model, min(self._refresh_s, _PREPARING_S))
         except (RegistryError, PlanError, CalibrationError) as e:
             self._log_stale(reference, e)
         finally:
-            later = _NameEntry.now(model, seconds)
-            entry.model, entry.refresh_at, entry.expires = model, later.refresh_at, later.expires
+            entry.model, entry.trial = later.model, later.trial
+            entry.refresh_at, entry.expires = later.refresh_at, later.expires
             entry.refreshing.release()
-        return model
+        return later.model
+
+    def _entry(self, model: ServedModel, alias: Alias | None) -> _NameEntry:
+        """The entry of a name, with the trial of the alias's canary once the canary's segments are loaded."""
+        if alias is None or (canary := alias.canary) is None:
+            return _NameEntry.now(model, self._refresh_s)
+        number = f"{alias.name}:{canary.version}"
+        try:
+            tried = self._served(alias.name, str(canary.version), canary.digest)
+            if not self._loading.prepare(tried):
+                return _NameEntry.now(model, min(self._refresh_s, _PREPARING_S))
+        except (RegistryError, PlanError, CalibrationError) as e:
+            facts = {"alias": alias.alias, "error": e.message, "type": type(e).__name__}
+            self._log.warning("the canary %s cannot be served, and gets no requests", number, extra={"facts": facts})
+            return _NameEntry.now(model, self._refresh_s)
+        return _NameEntry.now(model, self._refresh_s, self._trials.trial(alias, model, tried))
 
     def _common_version(self, reference: str, refusal: HopMismatch) -> ServedModel:
         give_up = time.monotonic() + MAX_ROLL_S
@@ -271,7 +302,7 @@ class ModelCatalog:
             entry = self._cache.get(reference)
         models = [] if entry is None else [entry.model]
         try:
-            newest = self._version(reference)
+            newest, _ = self._version(reference)
         except (RegistryError, PlanError, CalibrationError) as e:
             self._log_stale(reference, e)
             return models
@@ -289,28 +320,27 @@ class ModelCatalog:
             raise RegistryError(e.message, registry=self._registry.url, blob=blob.digest) from e
 
     def _resolve(self, reference: str) -> ServedModel:
-        model = self._version(reference)
+        model, alias = self._version(reference)
+        entry = self._entry(model, alias)
         with self._lock:
-            self._cache[reference] = _NameEntry.now(model, self._refresh_s)
+            self._cache[reference] = entry
         return model
 
-    def _version(self, reference: str) -> ServedModel:
+    def _version(self, reference: str) -> tuple[ServedModel, Alias | None]:
+        """The version that a name means in the registry, and the document of the alias in it."""
         resolved = self._registry.resolve(reference)
-        by_version = f"{resolved.name}:{resolved.version}"
+        return self._served(resolved.name, resolved.version, resolved.digest, resolved.bundle), resolved.alias
+
+    def _served(self, name: str, version: str, digest: str, bundle: Bundle | None = None) -> ServedModel:
+        by_version = f"{name}:{version}"
         with self._lock:
             entry = self._cache.get(by_version)
-        if entry is not None and entry.model.digest == resolved.digest:
+        if entry is not None and entry.model.digest == digest:
             model = entry.model
         else:
-            labels = resolved.bundle.labels
-            model = ServedModel(
-                resolved.name,
-                resolved.version,
-                resolved.digest,
-                resolved.bundle,
-                None if labels is None else self._labels(labels),
-                self._routes.select(resolved.name, resolved.digest, resolved.bundle),
-            )
+            bundle = bundle or self._registry.bundle(digest)
+            labels = None if bundle.labels is None else self._labels(bundle.labels)
+            model = ServedModel(name, version, digest, bundle, labels, self._routes.select(name, digest, bundle))
         with self._lock:
             # A number always means the same version, so that a request for a number need not wait for the registry.
             self._cache.setdefault(by_version, _NameEntry.now(model, self._refresh_s))

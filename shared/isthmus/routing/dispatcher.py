@@ -15,8 +15,7 @@ from isthmus.context import Context
 from isthmus.errors import HopError, RequestMalformed
 from isthmus.pipeline import Result
 from isthmus.routing.attempts import Attempts, GenerationRoute, RouteChange
-from isthmus.routing.candidates import RouteCandidate
-from isthmus.routing.catalog import ServedModel
+from isthmus.routing.candidates import RouteCandidate, ServedModel
 from isthmus.routing.estimates import Estimates
 from isthmus.routing.fallback import FallbackChain, may_fall_back
 from isthmus.routing.forecast import plan_drift

@@ -7,15 +7,13 @@ version of the bundle, or a restart, starts again at level 0. Source: docs/expla
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import queue
 import random
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol, TypeAlias
 
 from cachetools import LRUCache
@@ -26,17 +24,16 @@ from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import GRADED, RAW, Choice, Look
 from isthmus.artifacts.fidelity import LIMIT, Fidelity, Measure, measure_for
 from isthmus.codecs import EncodedTensor, Encoding, is_exact
-from isthmus.context import CURRENT, Context, Deadline, working_on
+from isthmus.context import CURRENT, Context, Deadline
 from isthmus.errors import IsthmusError
 from isthmus.pipeline import Result, Route, execute
 from isthmus.pipeline.agreement import agrees
+from isthmus.routing.idle_work import IdleWork
 
 # Number of latest checks of a route that count, so that a drift shows.
 WINDOW = 500
 # Confidence that the limit is exceeded before a fallback: every check tests again, so 0.95 would fire too often.
 CONFIDENCE = 0.999
-# How long a sampled request waits for an idle router before the sample is dropped.
-MAX_IDLE_WAIT_S = 30.0
 # Callers name versions, each with a route of its own, so there must be an end.
 MAX_ROUTES = 256
 
@@ -45,8 +42,6 @@ Fidelities: TypeAlias = Callable[[Bundle], Fidelity | None]
 RouteKey: TypeAlias = tuple[str, tuple[str, ...], tuple[tuple[str, str, float], ...], tuple[Look, ...]]
 
 _FALLBACKS = (Choice("int8/1"), Choice("half/1"), RAW)
-# In flight is a gauge without an event to wait for; checks are rare.
-_POLL_S = 0.02
 
 
 class GuardMetrics(Protocol):
@@ -167,17 +162,11 @@ class Guard:
         self._lock = threading.Lock()
         self._states: LRUCache[RouteKey, GuardState] = LRUCache(MAX_ROUTES)
         self._unreadable: LRUCache[str, None] = LRUCache(MAX_ROUTES)  # bundles, so that the log names each once
-        self._samples: queue.Queue[Sample | None] = queue.Queue(maxsize=1)  # None ends the worker
-        self._closed = threading.Event()
-        self._worker: threading.Thread | None = None
+        self._idle = IdleWork("guard", metrics.busy, log)
 
     def close(self) -> None:
         """Stop checking; a check under way goes on to its end."""
-        self._closed.set()
-        with contextlib.suppress(queue.Empty):
-            self._samples.get_nowait()
-        with contextlib.suppress(queue.Full):  # another sample came between: its worker sees that this is closed
-            self._samples.put_nowait(None)
+        self._idle.close()
 
     def apply_fallback(self, route: Route) -> tuple[Route, Fallback]:
         """The route with its fallback codec in force (unchanged at level 0), and the level."""
@@ -207,37 +196,10 @@ class Guard:
         encoded_names = {name for run in result.runs for name in run.codecs}
         if not any(name in encoded_names and not is_exact(e) for each in route.encodings for name, e in each.items()):
             return
-        if self._draw() >= self._share or self._closed.is_set():
+        if self._draw() >= self._share or self._idle.is_closed:
             return
-        with self._lock:
-            if self._worker is None:
-                self._worker = threading.Thread(target=self._work, name="guard", daemon=True)
-                self._worker.start()
-        with contextlib.suppress(queue.Full):  # a sample in work and another in the queue are enough
-            self._samples.put_nowait(Sample(route, inputs, encoded, result.outputs, fallback.level, CURRENT.get()))
-
-    def _work(self) -> None:
-        while (sample := self._samples.get()) is not None and not self._closed.is_set():
-            with working_on(sample.request):
-                self._check_idly(sample)
-
-    def _check_idly(self, sample: Sample) -> None:
-        try:
-            if self._is_idle():
-                self.check(sample)
-        except IsthmusError as e:
-            # A hop that is away, a deadline: the codec is not at fault.
-            self._log.info("the guard's own request failed", extra={"facts": {"error": e.message}})
-        except Exception as e:
-            self._log.error("unexpected in the guard: %s", type(e).__name__, exc_info=e)
-
-    def _is_idle(self) -> bool:
-        give_up = time.monotonic() + MAX_IDLE_WAIT_S
-        while self._metrics.busy() > 0:
-            if time.monotonic() > give_up or self._closed.is_set():
-                return False
-            time.sleep(_POLL_S)
-        return True
+        sample = Sample(route, inputs, encoded, result.outputs, fallback.level, CURRENT.get())
+        self._idle.offer(partial(self.check, sample))
 
     def check(self, sample: Sample) -> None:
         """Run the request raw, compare the predictions, and fall back where the limit is exceeded beyond chance.

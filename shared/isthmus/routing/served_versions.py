@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from cachetools import LRUCache
 
+from isthmus.routing.candidates import ServedModel
 from isthmus.routing.capacity import Capacities
-from isthmus.routing.catalog import MAX_CACHED, ServedModel
+from isthmus.routing.catalog import MAX_CACHED
 from isthmus.routing.choice import RouteChooser
 from isthmus.routing.estimates import Estimates
 from isthmus.routing.forecast import forecast

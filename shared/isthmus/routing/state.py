@@ -65,6 +65,31 @@ class ModelState(Struct, frozen=True):
     """Requests a second, of late."""
 
 
+class ReleaseCounts(Struct, frozen=True):
+    """The requests of one version of a trial; `median_s` is of the latest, None before the first."""
+
+    version: str
+    requests: int = 0
+    errors: int = 0
+    median_s: float | None = None
+
+
+class TrialState(Struct, frozen=True):
+    """A trial as `GET /routes` and the metrics show it; `reason` is empty while it runs."""
+
+    model: str
+    alias: str
+    share: float
+    stable: ReleaseCounts
+    canary: ReleaseCounts
+    agreed: int
+    differed: int
+    not_compared: int
+    reason: str
+    is_alias_moved: bool
+    """Whether this router moved the alias off the canary after its rollback."""
+
+
 class RouterState(Struct, frozen=True):
     """The state of a router; `limit`, `working`, `queued` and `refused` are its admission's."""
 
@@ -74,5 +99,7 @@ class RouterState(Struct, frozen=True):
     working: int = 0
     queued: int = 0
     refused: int = 0
+    canaries: tuple[TrialState, ...] = ()
+    """The trials of canaries, ended ones too."""
     refusals: dict[str, int] = {}
     """Refused requests by reason, a word of the code."""

@@ -28,8 +28,7 @@ from isthmus.errors import (
     Overloaded,
     SegmentTooLarge,
 )
-from isthmus.routing.candidates import RouteCandidate
-from isthmus.routing.catalog import ServedModel
+from isthmus.routing.candidates import RouteCandidate, ServedModel
 from isthmus.routing.replicas import RoutedHop
 
 # Versions whose segments are asked for; callers name versions.

@@ -122,6 +122,8 @@ class FunctionApp:
         self._errors = ErrorRenderer(self.log, expose_details=settings.expose_details)
         self.readiness = Readiness(prepare, self.log)
         self.closing = ExitStack()
+        self.observers: list[Callable[[EndedRequest, int], None]] = []
+        """Called with each request whose response is complete, and its status."""
         self.tracing = _open_tracing(name, self.log)
         if self.tracing is not None:
             self.closing.callback(self.tracing.close)
@@ -242,18 +244,20 @@ class FunctionApp:
             response.headers["traceparent"] = context.traceparent
         # Unknown paths share a label: their texts are the callers', and would add metrics without bound.
         endpoint = request.endpoint or "none"
-        ended = _EndedRequest(endpoint, context, g.timings, g.facts, g.error, g.span, request.content_length)
+        ended = EndedRequest(endpoint, context, g.timings, g.facts, g.error, g.span, request.content_length)
         if response.is_streamed and context is not None:
             response.call_on_close(partial(self._count, ended, response))
         else:
             self._count(ended, response)
         return response
 
-    def _count(self, ended: _EndedRequest, response: Response) -> None:
+    def _count(self, ended: EndedRequest, response: Response) -> None:
         """Count a response, log it and end its span."""
         # Of a stream its handler states the bytes and an error, which come after the headers.
         size = int(ended.facts.get("out_bytes", response.content_length or 0))
         self.metrics.count_response(ended.endpoint, response.status_code, size, ended.timings)
+        for observe in self.observers:
+            observe(ended, response.status_code)
         if ended.context is None:
             return
         facts = {
@@ -269,7 +273,7 @@ class FunctionApp:
             self.tracing.end(ended.span, response.status_code, facts, ended.timings)
 
 
-class _EndedRequest(NamedTuple):
+class EndedRequest(NamedTuple):
     """A request whose response is complete, for its count, log line and span."""
 
     endpoint: str

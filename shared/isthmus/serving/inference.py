@@ -38,7 +38,7 @@ from isthmus.processing.media import (
 from isthmus.registry import open_blob_store
 from isthmus.registry.event_objects import EventObjects
 from isthmus.registry.lookups import Lookups
-from isthmus.routing.catalog import ServedModel
+from isthmus.routing.candidates import ServedModel
 from isthmus.serving.request import FunctionRequest
 from isthmus.settings import RouterSettings
 

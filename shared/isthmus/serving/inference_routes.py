@@ -6,7 +6,7 @@ from flask import Response
 
 from isthmus.codecs import Tables
 from isthmus.processing.image_budget import ImageMemory
-from isthmus.routing import ModelCatalog
+from isthmus.routing import CanaryTrials, ModelCatalog
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.continuing import Continuer
 from isthmus.serving.explaining import Explainer
@@ -29,11 +29,12 @@ class InferenceRoutes:
         app: FunctionApp,
         settings: RouterSettings,
         catalog: ModelCatalog,
+        trials: CanaryTrials,
         predictor: Predictor,
         images: ImageMemory,
         tables: Tables,
     ) -> None:
-        self.versions, self._default = VersionChoice(catalog), settings.model
+        self.versions, self._default = VersionChoice(app, settings, catalog, trials), settings.model
         self.predictor = predictor
         self.reader = InferenceReader(settings)
         app.closing.callback(self.reader.close)

@@ -6,7 +6,8 @@ import msgspec
 
 from isthmus.context import Deadline
 from isthmus.errors import RequestMalformed
-from isthmus.routing.catalog import ModelCatalog, ServedModel
+from isthmus.routing.candidates import ServedModel
+from isthmus.routing.catalog import ModelCatalog
 from isthmus.serving.api_bodies import (
     IndexEntryBody,
     IndexRequestBody,

@@ -8,7 +8,7 @@ from msgspec import structs
 
 import isthmus
 from isthmus.oip import messages as oip
-from isthmus.routing import Dispatcher, ModelCatalog
+from isthmus.routing import CanaryTrials, Dispatcher, ModelCatalog
 from isthmus.routing.state import RouterState
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.metrics import hop_label
@@ -71,8 +71,11 @@ class ModelRoutes:
 class StateRoute:
     """`GET /routes`, added to `app`. Takes no slot, so that an overloaded router shows that it is."""
 
-    def __init__(self, app: FunctionApp, dispatcher: Dispatcher, settings: RouterSettings) -> None:
+    def __init__(
+        self, app: FunctionApp, dispatcher: Dispatcher, trials: CanaryTrials, settings: RouterSettings
+    ) -> None:
         self._slots, self._dispatcher, self._settings = app.slots, dispatcher, settings
+        self._trials = trials
         app.flask.add_url_rule("/routes", "routes", self.routes, methods=["GET"])
 
     def routes(self) -> Response:
@@ -86,6 +89,7 @@ class StateRoute:
             state,
             hops=tuple(structs.replace(hop, name=hop_label(self._settings, hop.name)) for hop in state.hops),
             models=tuple(m for m in state.models if self._settings.tells_of(m.name)),
+            canaries=tuple(t for t in self._trials.states() if self._settings.tells_of(t.model)),
             limit=self._slots.limit,
             working=self._slots.working,
             queued=self._slots.queued,

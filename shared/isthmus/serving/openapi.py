@@ -30,7 +30,7 @@ Errors = tuple[type[IsthmusError], ...]
 
 # What the registry, its look-ups and the choice of a route fail with.
 LOOKUP: Errors = (
-    *(errors.Missing, errors.RegistryError, errors.Denied, errors.NotGranted, errors.Corrupt),
+    *(errors.Missing, errors.RegistryError, errors.Denied, errors.NotGranted, errors.Corrupt, errors.Untrusted),
     errors.RegistryUnavailable,
     *(errors.RegistryMissing, errors.PlanMalformed, errors.PlanMismatch, errors.Overloaded, errors.DeadlineExceeded),
 )
@@ -43,7 +43,8 @@ EXECUTION: Errors = (
     *(errors.MediaUnsupported, errors.ShapeMismatch, errors.ValueRefused, errors.EventMalformed, errors.BucketRefused),
     *(errors.ClaimExpired, errors.MessageTooLarge, errors.ResultStoreUnavailable),
     *(errors.SegmentTooLarge, errors.RunFailed, errors.CacheFull),
-    *(errors.HopTimeout, errors.HopUnavailable, errors.HopUntrusted, errors.HopBusy, errors.HopRejected),
+    *(errors.HopTimeout, errors.HopUnavailable, errors.HopUntrusted, errors.HopBusy),
+    *(errors.HopRejected, errors.HopMismatch),
 )
 
 _QUERY: Mapping[str, tuple[str, Mapping[str, Any]]] = {

@@ -22,7 +22,8 @@ from werkzeug.exceptions import MethodNotAllowed, NotFound
 import isthmus
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import Missing, RequestMalformed
-from isthmus.routing.catalog import ModelCatalog, ServedModel
+from isthmus.routing.candidates import ServedModel
+from isthmus.routing.catalog import ModelCatalog
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.explaining import Explainer
 from isthmus.serving.inference import InferenceReader, InferenceRequest

@@ -27,7 +27,16 @@ from isthmus.oip.request import InferRequest
 from isthmus.pipeline import Interruption, LocalHop, Result, Route, execute, execute_resumably
 from isthmus.processing.image import check_classifies, model_input
 from isthmus.processing.image_budget import ImageMemory
-from isthmus.routing import DEGRADED_HEADER, ROUTE_HEADER, Attempt, Dispatcher, Guard, RouteCandidate, ServedModel
+from isthmus.routing import (
+    DEGRADED_HEADER,
+    ROUTE_HEADER,
+    Attempt,
+    Comparison,
+    Dispatcher,
+    Guard,
+    RouteCandidate,
+    ServedModel,
+)
 from isthmus.serving.deferral import Deferred, Resumable, tail_wait, takes_continuation
 from isthmus.serving.error_responses import error_document
 from isthmus.serving.inference import InferenceRequest
@@ -48,11 +57,13 @@ class Predictor:
         settings: RouterSettings,
         dispatcher: Dispatcher,
         guard: Guard,
+        comparison: Comparison,
         images: ImageMemory,
         metrics: FunctionMetrics,
         log: logging.Logger,
     ) -> None:
         self._settings, self._guard, self._images = settings, guard, images
+        self._comparison = comparison
         self._dispatcher = dispatcher
         self._metrics, self._log = metrics, log
         self._hop_label = partial(hop_label, settings)
@@ -127,6 +138,7 @@ class Predictor:
             # Without sizes: a later hop that is away gives an error and no continuation.
             lambda candidate, context: self._execute(request._replace(context=context), candidate, inputs, {}, None),
         )
+        self._comparison.watch(model, result.outputs, inputs)
         work.end(began, 1)
         return result
 
@@ -150,6 +162,7 @@ class Predictor:
                 request._replace(context=context), candidate, tensors.inputs, {}, {}
             ),
         )
+        self._comparison.watch(model, result.outputs, tensors.inputs)
         return tensor_response(request, model, tensors, result)
 
     def _batch(self, request: FunctionRequest, inference: InferenceRequest) -> list[dict[str, Any]]:
@@ -183,6 +196,7 @@ class Predictor:
                 request._replace(context=context), inference, photo, candidate, sizes
             ),
         )
+        self._comparison.watch(model, result.outputs, photo)
         segments = self.segment_documents(result)
         return photo_document(request, model, result, inference.top_k, sizes, segments)
 

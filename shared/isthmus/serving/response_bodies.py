@@ -11,7 +11,7 @@ from flask import Response
 from isthmus.oip import messages as oip
 from isthmus.pipeline import Result
 from isthmus.processing.classify import classify
-from isthmus.routing.catalog import ServedModel
+from isthmus.routing.candidates import ServedModel
 from isthmus.serving.request import FunctionRequest
 
 

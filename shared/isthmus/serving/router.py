@@ -8,7 +8,18 @@ from isthmus.errors import SettingsError
 from isthmus.pipeline.hop import check_hops, open_hops
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.registry import open_registry
-from isthmus.routing import Estimates, Guard, LinkProber, ModelCatalog, RouteSelector, Warming, parse_override, watch
+from isthmus.routing import (
+    CanaryTrials,
+    Comparison,
+    Estimates,
+    Guard,
+    LinkProber,
+    ModelCatalog,
+    RouteSelector,
+    Warming,
+    parse_override,
+    watch,
+)
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.inference_routes import InferenceRoutes
@@ -54,13 +65,15 @@ class _RouterApp(FunctionApp):
         routes = RouteSelector(settings, self._registry, hops, tables, codec)
         guard = Guard(settings.guard_share, routes.fidelity, self.metrics, self.log, deadline_s=settings.deadline_s)
         self._warming = Warming(hops, self.log)
-        self._catalog = ModelCatalog(self._registry, settings.refresh_s, self.log, routes, self._warming)
+        trials = CanaryTrials(self._registry, self.log)
+        self._catalog = ModelCatalog(self._registry, settings.refresh_s, self.log, routes, self._warming, trials)
         dispatcher = MeasuredDispatcher(hops, estimates, self._warming, self.log, settings.fallback)
         dispatcher.tracing = self.tracing
         routing_metrics = RoutingMetrics(settings)
         routing_metrics.measure(dispatcher)
         self.metrics.add(routing_metrics)
-        predictor = Predictor(settings, dispatcher, guard, images, self.metrics, self.log)
+        comparison = Comparison(settings, trials, routes.fidelity, images, self.metrics.busy, self.log)
+        predictor = Predictor(settings, dispatcher, guard, comparison, images, self.metrics, self.log)
         if sessions is not None and self._store is not None:
             self.closing.callback(self._store.close)
             self.metrics.gauge_store(sessions)
@@ -68,10 +81,12 @@ class _RouterApp(FunctionApp):
             self.slots.keep_at_least(sessions.room_for_batches)
         for close in (dispatcher.close, *(hop.close for hop in hops), tables.close, self._catalog.close, guard.close):
             self.closing.callback(close)
+        self.closing.callback(trials.close)
+        self.closing.callback(comparison.close)
         self.closing.callback(LinkProber({hop.name: hop.watched[0].inner for hop in hops}, estimates).close)
-        inference = InferenceRoutes(self, settings, self._catalog, predictor, images, tables)
+        inference = InferenceRoutes(self, settings, self._catalog, trials, predictor, images, tables)
         models = ModelRoutes(self, self._catalog, settings)
-        StateRoute(self, dispatcher, settings)
+        StateRoute(self, dispatcher, trials, settings)
         self._drafts = open_drafts(settings, self._registry, hops[0])
         OpenAIApi(
             self, settings, inference.versions, self._registry, models.listing, dispatcher, predictor, self._drafts

@@ -54,6 +54,7 @@ class CompletionResponder:
         with closing(run.pieces) as pieces:
             document = job.documents.whole(list(pieces), run.ending())
         self._note_route(request, run)
+        request.facts["tokens"] = str(run.tokens)
         return Response(msgspec.json.encode(document), mimetype="application/json")
 
     def stream(self, request: FunctionRequest, job: CompletionJob) -> Response:
@@ -97,6 +98,7 @@ class CompletionResponder:
             yield _event({"error": self._error(e)})
         finally:
             request.facts["out_bytes"] = str(sent_bytes)
+            request.facts["tokens"] = str(run.tokens)
 
     def _chunks(self, run: _Run, feed: PieceFeed, first: tuple[TextPiece | None, ...]) -> Iterator[bytes]:
         documents = run.job.documents
@@ -140,6 +142,11 @@ class _Run:
     def route(self) -> RouteCandidate:
         """The route in force."""
         return self._running.candidate
+
+    @property
+    def tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self._running.done.tokens)
 
     def ending(self) -> Ending:
         """The numbers, after the last piece."""

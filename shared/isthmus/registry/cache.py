@@ -168,11 +168,11 @@ class SegmentCache:
                 yield self._fetch_tensor(weights, blob, batch, budget)
 
     def _fetch_batch(self, weights: WeightsFile, blob: Blob, batch: Batch, budget: RetryBudget) -> Batch:
-        def pieces(data: bytes) -> Iterator[tuple[WeightTensor, memoryview]]:
+        def pieces(data: bytes | bytearray) -> Iterator[tuple[WeightTensor, memoryview]]:
             for t in batch.tensors:
                 yield t, memoryview(data)[t.offset - batch.start : t.offset - batch.start + t.length]
 
-        def check(data: bytes) -> None:
+        def check(data: bytes | bytearray) -> None:
             for t, piece in pieces(data):
                 if digest_of(piece) != t.digest:
                     raise corrupt(self._registry.url, blob.digest, tensor=t.name)
@@ -187,7 +187,9 @@ class SegmentCache:
         # is retried.
         for _ in range(max(1, self._registry.retry_policy.attempts)):
             for _ in in_parallel(
-                lambda part: weights.write([(part[0], self._registry.read(blob.digest, *part, budget=budget))]),
+                lambda part: weights.write(
+                    [(part[0], memoryview(self._registry.read(blob.digest, *part, budget=budget)))]
+                ),
                 parts(batch.start, batch.stop),
             ):
                 pass

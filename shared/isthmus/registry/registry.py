@@ -377,9 +377,9 @@ class Registry:
         digest: str,
         start: int,
         stop: int,
-        check: Callable[[bytes], None] | None = None,
+        check: Callable[[bytes | bytearray], None] | None = None,
         budget: RetryBudget | None = None,
-    ) -> bytes:
+    ) -> bytes | bytearray:
         """The bytes `start` to `stop` of a blob. A range has no digest of its own, so that `check` verifies the bytes.
 
         Raises:
@@ -387,7 +387,7 @@ class Registry:
             NotGranted: as `blob`.
         """
 
-        def one_try() -> bytes:
+        def one_try() -> bytes | bytearray:
             data = self.content.read(digest, start, stop)
             if check is not None:
                 check(data)
@@ -397,7 +397,7 @@ class Registry:
 
     def _verified(self, digest: str, max_bytes: int) -> bytes:
         def one_try() -> bytes:
-            data = self.content.get(digest, max_bytes)
+            data = bytes(self.content.get(digest, max_bytes))
             if manifest.digest_of(data) != digest:
                 raise corrupt(self.url, digest)
             return data

@@ -107,7 +107,7 @@ class Content:
         """The id of the recipient key; empty without one."""
         return self._key.id if self._key is not None else ""
 
-    def get(self, digest: str, max_bytes: int) -> bytes:
+    def get(self, digest: str, max_bytes: int) -> bytes | bytearray:
         """A whole blob; the caller checks the digest.
 
         Raises:
@@ -117,7 +117,7 @@ class Content:
         """
         return self._read(digest, 0, None, lambda key: self._store.get(key, max_bytes=max_bytes), max_bytes)
 
-    def read(self, digest: str, start: int, stop: int) -> bytes:
+    def read(self, digest: str, start: int, stop: int) -> bytes | bytearray:
         """The bytes `start` to `stop` of a blob.
 
         Raises:
@@ -135,7 +135,9 @@ class Content:
         self._fetch_grants(digest)
         return self._known(digest, 0, None)
 
-    def _read(self, digest: str, start: int, stop: int | None, plain: Callable[[str], bytes], max_bytes: int) -> bytes:
+    def _read(
+        self, digest: str, start: int, stop: int | None, plain: Callable[[str], bytes], max_bytes: int
+    ) -> bytes | bytearray:
         with self._lock:
             is_known = digest in self._opened
         try:
@@ -188,7 +190,7 @@ class Content:
             for name, sealings in found.items():
                 self._opened[name] = self._opened.get(name, {}) | sealings
 
-    def _open(self, sealed: SealedKeys, start: int, stop: int | None, max_bytes: int) -> bytes:
+    def _open(self, sealed: SealedKeys, start: int, stop: int | None, max_bytes: int) -> bytes | bytearray:
         stop = sealed.header.size if stop is None else stop
         if stop - start > max_bytes:
             raise too_long(self._store.url, sealed.digest, max_bytes)

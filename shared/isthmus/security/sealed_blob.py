@@ -11,13 +11,13 @@ Sources: Hoang, Reyhanitabar, Rogaway, Vizár, "Online Authenticated-Encryption 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -30,6 +30,8 @@ KEY_BYTES = 32
 CHUNK_BYTES = 2**16
 """Plain bytes of a chunk: the tag adds 0.02 %, and a read of some bytes decrypts at most this much more at each end."""
 MAX_REGIONS = 2**16
+# Bounds the memory of a read: 4 MiB, and the one more that a range has whose edges lie within chunks.
+_CHUNKS_PER_READ = 65
 _MAGIC = b"ISTHBLB\x01"
 _TAG_BYTES, _SALT_BYTES, _PREFIX_BYTES = 16, 32, 7
 # Magic, SHA-256 of the plain blob, its length, bytes of a chunk, number of regions, salt.
@@ -81,7 +83,7 @@ class SealedHeader:
     def _sealed_starts(self) -> tuple[int, ...]:
         """The begin of each region in the sealed blob, then the sealed blob's end."""
         sizes = (stop - start + _TAG_BYTES * self.chunks(i) for i, (start, stop) in enumerate(self.bounds))
-        return tuple(accumulate(sizes, initial=len(self.encoded)))
+        return tuple(itertools.accumulate(sizes, initial=len(self.encoded)))
 
     @property
     def bounds(self) -> Iterable[tuple[int, int]]:
@@ -137,7 +139,7 @@ def new_keys(header: SealedHeader) -> dict[int, bytes]:
     return {region: os.urandom(KEY_BYTES) for region in range(len(header.stops))}
 
 
-def seal(header: SealedHeader, keys: Mapping[int, bytes], pieces: Iterable[bytes]) -> Iterator[bytes]:
+def seal(header: SealedHeader, keys: Mapping[int, bytes], pieces: Iterable[bytes | bytearray]) -> Iterator[bytes]:
     """The sealed blob of the plain `pieces`, in parts; memory is that of a piece.
 
     Raises:
@@ -158,40 +160,52 @@ def seal(header: SealedHeader, keys: Mapping[int, bytes], pieces: Iterable[bytes
 
 def open_range(
     header: SealedHeader, keys: Mapping[int, bytes], start: int, stop: int, read: Callable[[int, int], bytes]
-) -> bytes:
-    """The plain bytes `start` to `stop`; `read` gives a range of the sealed blob and is called once, for any byte.
+) -> bytes | bytearray:
+    """The plain bytes `start` to `stop`; `read` gives a range of the sealed blob, of some 4 MiB at most.
 
     Every region of the range must be among `keys`.
 
     Raises:
         Corrupt: a chunk was altered, or belongs to another place, blob or key.
     """
-    if start == stop:
-        return b""
-    regions, size = header.regions(start, stop), header.chunk_bytes
-    first = (start - header.starts[regions[0]]) // size
-    last = (stop - 1 - header.starts[regions[-1]]) // size
-    base = header.place(regions[0], first)
-    data = memoryview(read(base, header.end(regions[-1], last)))
-    plain = list[bytes]()
-    for region in regions:
-        cipher, prefix = _derived(header, region, keys[region])
-        count = header.chunks(region)
-        begin, end = first if region == regions[0] else 0, last + 1 if region == regions[-1] else count
-        for chunk in range(begin, end):
+    # Decrypted in place: fresh memory for each chunk, and a copy of all, would take longer than the decryption.
+    plain = bytearray(stop - start)
+    places = _chunks(header, start, stop)
+    while group := list(itertools.islice(places, _CHUNKS_PER_READ)):
+        base = header.place(*group[0])
+        data = memoryview(read(base, header.end(*group[-1])))
+        for region, chunk in group:
             sealed = data[header.place(region, chunk) - base : header.end(region, chunk) - base]
-            plain.append(_opened(header, cipher, _NONCE.pack(prefix, chunk, chunk == count - 1), sealed))
-    at = header.starts[regions[0]] + first * size
-    # The edges alone are copied before the join.
-    plain[-1] = plain[-1][: len(plain[-1]) - (at + sum(map(len, plain)) - stop)]
-    plain[0] = plain[0][start - at :]
-    return b"".join(plain)
+            _open_chunk(header, keys[region], (region, chunk), sealed, memoryview(plain), start)
+    return plain
 
 
-def _opened(header: SealedHeader, cipher: AESGCM, nonce: bytes, sealed: memoryview) -> bytes:
+def _chunks(header: SealedHeader, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Region and number of each chunk of the range, in order."""
+    for region in header.regions(start, stop) if start < stop else ():
+        begin, end = header.starts[region], header.stops[region]
+        first = max(0, start - begin) // header.chunk_bytes
+        last = (min(stop, end) - 1 - begin) // header.chunk_bytes
+        yield from ((region, chunk) for chunk in range(first, last + 1))
+
+
+def _open_chunk(
+    header: SealedHeader, key: bytes, place: tuple[int, int], sealed: memoryview, plain: memoryview, start: int
+) -> None:
+    """Decrypt a chunk into `plain`, which begins at `start` of the blob; the edges of a range are parts of chunks."""
+    region, chunk = place
+    cipher, prefix = _derived(header, region, key)
+    nonce = _NONCE.pack(prefix, chunk, chunk == header.chunks(region) - 1)
+    at = header.starts[region] + chunk * header.chunk_bytes - start
+    stop = at + len(sealed) - _TAG_BYTES
     try:
-        return cipher.decrypt(nonce, sealed, None)
-    except InvalidTag:
+        if at >= 0 and stop <= len(plain):
+            cipher.decrypt_into(nonce, sealed, None, plain[at:stop])
+        else:
+            whole = cipher.decrypt(nonce, sealed, None)
+            plain[max(0, at) : stop] = whole[max(0, -at) : len(plain) - at]
+    # ValueError: bytes too few for a tag.
+    except (InvalidTag, ValueError):
         digest = f"sha256:{header.digest_hex}"
         raise Corrupt(
             f"the sealed bytes of {digest} were altered, or are another blob's", blob=digest, sealing=header.identity
@@ -209,11 +223,18 @@ def _derived(header: SealedHeader, region: int, key: bytes) -> tuple[AESGCM, byt
 class _Pieces:
     """Bytes in pieces of any length, taken in other lengths."""
 
-    def __init__(self, pieces: Iterable[bytes]) -> None:
+    def __init__(self, pieces: Iterable[bytes | bytearray]) -> None:
         self._pieces, self._rest = iter(pieces), memoryview(b"")
 
-    def take(self, count: int) -> bytes:
+    def take(self, count: int) -> bytes | memoryview:
         """The next `count` bytes, fewer at the end."""
+        # Mostly within a piece: nothing to copy.
+        if len(self._rest) >= count:
+            taken, self._rest = self._rest[:count], self._rest[count:]
+            return taken
+        return self._joined(count)
+
+    def _joined(self, count: int) -> bytes:
         taken = list[bytes | memoryview]()
         while count:
             if not self._rest:

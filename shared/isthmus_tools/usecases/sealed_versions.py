@@ -194,7 +194,7 @@ def _seal_blob(source: Registry, target: BlobStore, retry_policy: RetryPolicy, s
         raise
 
 
-def _plain(source: Registry, sealed: SealedKeys) -> Iterator[bytes]:
+def _plain(source: Registry, sealed: SealedKeys) -> Iterator[bytes | bytearray]:
     for start in range(0, sealed.header.size, _READ_BYTES):
         yield source.read(sealed.digest, start, min(start + _READ_BYTES, sealed.header.size))
 

@@ -6,20 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.security.recipients import new_pair
 from support.bundles import Published, publish_photos
 from support.cli import document, isthmus, refusal
 
 
 @pytest.fixture
 def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Published:
-    """The model for photos; key pairs `edge` and `own` in the current folder, with secrets in `own-secrets`."""
+    """The model for photos; public keys `edge` and `own` in the current folder, private ones in folders of secrets."""
     monkeypatch.chdir(tmp_path)
-    for name in ("edge", "own"):
-        private, public = new_pair()
-        Path(f"{name}.pem").write_bytes(public)
+    for name, kind in (("edge", "recipient-rsa"), ("own", "recipient")):
+        document(isthmus("key", "new", f"{name}.pem", "--kind", kind, "--json"))
         Path(f"{name}-secrets").mkdir()
-        Path(f"{name}-secrets/recipient-key").write_bytes(private)
+        Path(f"{name}.pem").rename(f"{name}-secrets/recipient-key")
     published = publish_photos(tmp_path)
     monkeypatch.setenv("ISTHMUS_REGISTRY", str(published.folder))
     monkeypatch.setenv("secrets_dir", str(tmp_path / "own-secrets"))
@@ -27,12 +25,12 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Published:
 
 
 def test_encrypt_says_who_may_read_what_and_how_much_of_the_weights(photos: Published) -> None:
-    result = isthmus("encrypt", "photos:1", "--for", "edge.pem@head", "--for", "own.pem")
+    result = isthmus("encrypt", "photos:1", "--for", "edge.pub.pem@head", "--for", "own.pub.pem")
     assert result.exit_code == 0, result.output
     assert "encrypted: photos:1; " in result.stdout
     assert "may read everything" in result.stdout
     assert "may read ..6: " in result.stdout
-    again = document(isthmus("encrypt", "photos:1", "--for", "edge.pem@head", "--for", "own.pem", "--json"))
+    again = document(isthmus("encrypt", "photos:1", "--for", "edge.pub.pem@head", "--for", "own.pub.pem", "--json"))
     assert (again["versions"], again["removed"], again["variant"]) == (["photos:1"], 0, "")
     own, edge = again["grants"]
     assert (own["label"], own["whole"]) == ("own", True)
@@ -41,23 +39,32 @@ def test_encrypt_says_who_may_read_what_and_how_much_of_the_weights(photos: Publ
 
 
 def test_grant_and_revoke_list_the_grants_and_say_what_is_not_taken_back(photos: Published) -> None:
-    document(isthmus("encrypt", "photos", "--for", "own.pem", "--json"))
-    given = document(isthmus("grant", "photos", "--for", "edge.pem@..1,documents", "--json"))
+    document(isthmus("encrypt", "photos", "--for", "own.pub.pem", "--json"))
+    given = document(isthmus("grant", "photos", "--for", "edge.pub.pem@..1,documents", "--json"))
     assert [each["segments"] for each in given["grants"][1:]] == [["..1"]]
-    result = isthmus("revoke", "photos:1", "--from", "edge.pem")
+    result = isthmus("revoke", "photos:1", "--from", "edge.pub.pem")
     assert result.exit_code == 0, result.output
     assert "edge" not in result.stdout
     assert "may have kept" in result.stdout
     assert "isthmus encrypt photos:1 --new-keys" in result.stdout
 
 
+def test_a_key_of_a_recipient_has_the_id_of_its_grants(photos: Published) -> None:
+    new = document(isthmus("key", "new", "third.pem", "--kind", "recipient", "--json"))
+    document(isthmus("encrypt", "photos", "--for", "own.pub.pem", "--for", "third.pub.pem@head", "--json"))
+    revoked = document(isthmus("revoke", "photos", "--from", new["id"], "--json"))
+    assert [each["label"] for each in revoked["grants"]] == ["own"]
+    said = refusal(isthmus("key", "list", "keyring.json", "--kind", "recipient", "--json"))["error"]
+    assert "--kind is of isthmus key new" in said
+
+
 def test_lists_of_versions_need_no_key(photos: Published, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    document(isthmus("encrypt", "photos", "--for", "own.pem", "--json"))
+    document(isthmus("encrypt", "photos", "--for", "own.pub.pem", "--json"))
     monkeypatch.setenv("secrets_dir", str(tmp_path / "none"))
     assert document(isthmus("models", "--json"))[0]["name"] == "photos"
     assert document(isthmus("show", "photos", "--json"))["version"] == "1"
     assert document(isthmus("gc", "--json"))["bytes"] == 0
-    refused = refusal(isthmus("grant", "photos", "--for", "edge.pem", "--json"))
+    refused = refusal(isthmus("grant", "photos", "--for", "edge.pub.pem", "--json"))
     assert refused["type"] == "NotGranted"
 
 
@@ -66,13 +73,13 @@ def test_lists_of_versions_need_no_key(photos: Published, monkeypatch: pytest.Mo
     [
         ("missing.pem@head", "No such file"),
         ("own-secrets/recipient-key", "never leaves its recipient"),
-        ("edge.pem@nosuch", "no segment 'nosuch'"),
-        ("edge.pem@head", "nobody could read all"),
+        ("edge.pub.pem@nosuch", "no segment 'nosuch'"),
+        ("edge.pub.pem@head", "nobody could read all"),
     ],
 )
 def test_a_recipient_that_cannot_be_one_is_refused_before_anything_is_sealed(
     photos: Published, recipient: str, said: str
 ) -> None:
-    more = [] if "head" in recipient else ["--for", "own.pem"]
+    more = [] if "head" in recipient else ["--for", "own.pub.pem"]
     assert said in refusal(isthmus("encrypt", "photos", "--for", recipient, *more, "--json"))["error"]
     assert not (photos.folder / "sealed").exists()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -118,28 +118,62 @@ def reachable(registry: Registry) -> set[str]:
     Raises:
         Missing, Corrupt: a version's manifest, plan or grant is not there, or not what was published.
     """
-    manifests = [version.digest for name in registry.models() for version in registry.versions(name)]
-    manifests += [digest for name in registry.models() for digest in registry.alias_digests(name)]
-    recipients = all_grants(registry.store)
-    reached, read = set[str](), set[str]()
+    names = registry.models()
+    manifests = [version.digest for name in names for version in registry.versions(name)]
+    manifests += [digest for name in names for digest in registry.alias_digests(name)]
+    reached = set[str]()
+    for each in _walk(registry, manifests, all_grants(registry.store)):
+        reached.add(blob_key(each.digest))
+        for grant in each.grants:
+            reached.add(grant_key(each.digest, grant.recipient))
+            reached |= {sealed_key(blob, identity) for blob, identity in grant.sealed.items()}
+        # The plan may name plain content of another model.
+        reached |= {blob_key(name) for name in (each.planned - each.named if each.whole else each.planned | each.named)}
+    return reached
+
+
+def reached_by(registry: Registry, digests: Iterable[str]) -> set[str]:
+    """The digests of all content that these manifests reach, plain or sealed, their own included.
+
+    Raises:
+        Missing, Corrupt: as `reachable`.
+    """
+    reached = set[str]()
+    for each in _walk(registry, digests, all_grants(registry.store)):
+        reached |= {each.digest, *each.named, *each.planned}
+    return reached
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    """A manifest's digest, the digests that it and its plan name, and its grants."""
+
+    digest: str
+    named: set[str]
+    planned: set[str]
+    grants: tuple[Grant, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether one recipient can read everything."""
+        return any(grant.whole for grant in self.grants)
+
+
+def _walk(registry: Registry, digests: Iterable[str], recipients: Mapping[str, Sequence[str]]) -> Iterator[_Manifest]:
+    """These manifests, and those that plans name."""
+    manifests, read = list(digests), set[str]()
     while manifests:
         digest = manifests.pop()
         if digest in read:
             continue
         read.add(digest)
         data = registry.manifest(digest)
-        reached.add(blob_key(digest))
-        grants = [_grant(registry, digest, recipient) for recipient in recipients.get(digest, ())]
-        for grant in grants:
-            reached.add(grant_key(digest, grant.recipient))
-            reached |= {sealed_key(blob, identity) for blob, identity in grant.sealed.items()}
-        whole = next((grant for grant in grants if grant.whole), None)
+        grants = tuple(_grant(registry, digest, recipient) for recipient in recipients.get(digest, ()))
         # A sealed plan cannot be read here: the grant says what it names.
-        named = {*whole.reaches} if whole else _named_by_plan(registry, data)
-        own = digests_in(data)
-        reached |= {blob_key(name) for name in (named - own if whole else named | own)}
-        manifests += _manifests(registry, named - read)
-    return reached
+        whole = next((grant for grant in grants if grant.whole), None)
+        planned = {*whole.reaches} if whole else _named_by_plan(registry, data)
+        yield _Manifest(digest, digests_in(data), planned, grants)
+        manifests += _manifests(registry, planned - read)
 
 
 def _named_by_plan(registry: Registry, manifest: bytes) -> set[str]:

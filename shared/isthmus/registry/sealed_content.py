@@ -209,8 +209,8 @@ class Content:
             segment=segment,
             recipient=self.recipient,
             blob=digest,
-            hint="whoever may read it gives one: isthmus grant NAME:VERSION --for FILE.pem@SEGMENT; the private key is"
-            " the secret recipient-key",
+            hint="whoever may read it gives one: isthmus grant NAME:VERSION --for FILE.pub.pem@SEGMENT; the private key"
+            " is the secret recipient-key",
         )
 
     def _segments(self, digest: str, start: int, stop: int | None) -> Iterator[str]:

@@ -79,14 +79,22 @@ def new_signing_key(path: Path) -> SigningKey:
         RequestMalformed: the file is there already, or cannot be created.
     """
     key = SigningKey(Ed25519PrivateKey.generate())
-    data = key.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    write_private_key(path, key.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return key
+
+
+def write_private_key(path: Path, data: bytes) -> None:
+    """Write a private key to a new file that its owner alone may read.
+
+    Raises:
+        RequestMalformed: the file is there already, or cannot be created.
+    """
     try:
         # O_EXCL: a key that is lost to a second one cannot be had again.
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
             f.write(data)
     except OSError as e:
         raise RequestMalformed(f"no key can be written to {path}: {e.strerror}", path=str(path)) from e
-    return key
 
 
 def read_signing_key(path: Path) -> SigningKey:

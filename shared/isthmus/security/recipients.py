@@ -34,7 +34,10 @@ MAX_PEM_BYTES = 16 * 2**10
 Wrapping = Literal["hpke-x25519", "rsa-oaep-sha256"]
 _SUITE = Suite(KEM.X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)
 _OAEP = padding.OAEP(mgf=padding.MGF1(algorithm=SHA256()), algorithm=SHA256(), label=None)
-_ADVICE = f"make a pair: isthmus key new --kind recipient; then: faas-cli secret create {SECRET} --from-file=FILE.key"
+_ADVICE = (
+    "make a pair: isthmus key new FILE.pem --kind recipient; the private one is the secret:"
+    f" faas-cli secret create {SECRET} --from-file=FILE.pem"
+)
 _PublicKey = x25519.X25519PublicKey | rsa.RSAPublicKey
 _PrivateKey = x25519.X25519PrivateKey | rsa.RSAPrivateKey
 

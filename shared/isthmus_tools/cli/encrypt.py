@@ -25,7 +25,7 @@ Recipients = Annotated[
     list[str],
     typer.Option(
         "--for",
-        metavar="FILE.pem[@SEGMENT,…]",
+        metavar="FILE.pub.pem[@SEGMENT,…]",
         help="A recipient: its public key, and the segments that it may read: head, tail, documents, or ids such as"
         " ..31. Without @ it may read everything. Once for each recipient.",
     ),
@@ -50,7 +50,7 @@ def encrypt(
     The plain content is removed once its sealed form was read back. The manifest stays readable. A recipient's
     functions need its private key as the secret recipient-key before.
 
-    Example: `isthmus encrypt efficientnet-lite0:3 --for edge.pem@head --for cloud.pem`
+    Example: `isthmus encrypt efficientnet-lite0:3 --for edge.pub.pem@head --for cloud.pub.pem`
     """
     from isthmus_tools.usecases import encryption as use_case
 

@@ -19,7 +19,7 @@ def grant(
     It takes the private key of a recipient of everything, as the secret recipient-key in the folder secrets_dir. A
     recipient that has a grant gets this one instead.
 
-    Example: `isthmus grant efficientnet-lite0:3 --for edge-2.pem@head`
+    Example: `isthmus grant efficientnet-lite0:3 --for edge-2.pub.pem@head`
     """
     from isthmus_tools.usecases import encryption as use_case
 

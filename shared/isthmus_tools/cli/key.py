@@ -12,6 +12,7 @@ import typer
 from isthmus.errors import RequestMalformed
 from isthmus_tools.cli.console import errors, print_json, say, say_command, table
 from isthmus_tools.cli.options import AsJson
+from isthmus_tools.usecases.keys import KeyKind
 
 
 class KeyAction(StrEnum):
@@ -36,6 +37,12 @@ def key(
         str, typer.Argument(metavar="[PUBLIC.pem|ID]", help="The public key to trust, or the id to revoke.")
     ] = "",
     *,
+    kind: Annotated[
+        KeyKind,
+        typer.Option(
+            help="Of new: a key that signs, or a recipient's, which reads encrypted versions; RSA for modules."
+        ),
+    ] = KeyKind.SIGNING,
     name: Annotated[str, typer.Option(help="A name of the trusted key, for readers.")] = "",
     not_before: Annotated[
         datetime | None, typer.Option("--from", help="Trust the key from this time on (UTC).", metavar="DATE")
@@ -45,7 +52,7 @@ def key(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Create a signing key, or change the keyring that functions trust.
+    """Create a key of a signer or a recipient, or change the keyring that functions trust.
 
     Example: `isthmus key new release.pem`
     """
@@ -53,10 +60,16 @@ def key(
 
     with errors(as_json):
         _check_subject(action, subject)
+        if kind is not KeyKind.SIGNING and action is not KeyAction.NEW:
+            raise RequestMalformed("--kind is of isthmus key new; keyrings hold keys that sign", option="--kind")
         if action is KeyAction.NEW:
-            new = keys.new_key(path)
+            new = keys.new_key(path, kind)
             if as_json:
                 print_json({"id": new.id, "private": str(new.private), "public": str(new.public)})
+                return
+            if kind is not KeyKind.SIGNING:
+                say(f"recipient {new.id}: {new.private} is secret and reads, {new.public} is public and encrypts")
+                say_command("next", f"isthmus encrypt NAME --for {new.public}@head --for …")
                 return
             say(f"key {new.id}: {new.private} is secret and signs, {new.public} is public and verifies")
             say_command("next", f"isthmus key trust trusted-keys.json {new.public}")

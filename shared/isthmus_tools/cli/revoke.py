@@ -22,7 +22,7 @@ def revoke(
     model: ModelArgument,
     *,
     recipients: Annotated[
-        list[str], typer.Option("--from", help="A recipient: its label, its id, or FILE.pem. Once for each.")
+        list[str], typer.Option("--from", help="A recipient: its label, its id, or FILE.pub.pem. Once for each.")
     ],
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
@@ -32,7 +32,7 @@ def revoke(
     What the recipient has read, content and keys, it may have kept; a revocation cannot take that back. New keys
     exclude it from what is published next.
 
-    Example: `isthmus revoke efficientnet-lite0:3 --from edge-2.pem`
+    Example: `isthmus revoke efficientnet-lite0:3 --from edge-2.pub.pem`
     """
     from isthmus_tools.usecases import encryption as use_case
 

@@ -34,7 +34,7 @@ _MAX_LOGGED = 32
 
 @dataclass(frozen=True, kw_only=True)
 class EncryptRequest:
-    """A version to encrypt, NAME or NAME:VERSION, and its recipients as texts: FILE.pem or FILE.pem@SEGMENT,….
+    """A version to encrypt, NAME or NAME:VERSION, and its recipients as texts: FILE.pub.pem or FILE.pub.pem@SEGMENT,….
 
     `shared` encrypts the versions too that share content with it, for the same recipients. `new_keys` encrypts again
     where the recipients have their grants already.
@@ -229,7 +229,7 @@ def _addressees(texts: Sequence[str]) -> list[Addressee]:
         raise RequestMalformed(
             "no recipient may read everything, so nobody could read all of the model or give it to others",
             option="--for",
-            hint="name one without @SEGMENT: the cloud's key, or one that you keep: --for own.pem",
+            hint="name one without @SEGMENT: the cloud's key, or one that you keep: --for own.pub.pem",
         )
     return addressees
 
@@ -239,7 +239,7 @@ def _refuse_twice(addressees: Sequence[Addressee]) -> None:
     ids = [each.recipient.id for each in addressees]
     if twice := [each.label for each in addressees if ids.count(each.recipient.id) > 1]:
         raise RequestMalformed(
-            f"{' and '.join(twice)} are one key", option="--for", hint="name it once: FILE.pem@SEGMENT,SEGMENT"
+            f"{' and '.join(twice)} are one key", option="--for", hint="name it once: FILE.pub.pem@SEGMENT,SEGMENT"
         )
 
 
@@ -314,7 +314,7 @@ def _refuse_plain(registry: Registry, model: Resolved) -> None:
     if not grants_of(registry.store, model.digest):
         raise RequestMalformed(
             f"{model.name}:{model.version} is not encrypted",
-            hint=f"isthmus encrypt {model.name}:{model.version} --for FILE.pem",
+            hint=f"isthmus encrypt {model.name}:{model.version} --for FILE.pub.pem",
         )
 
 
@@ -323,7 +323,7 @@ def _refuse_last(registry: Registry, model: Resolved, recipient: str, unless: bo
         raise RequestMalformed(
             f"{recipient} is the only recipient that may read everything of {model.name}:{model.version}; without it"
             " nobody could",
-            hint=f"give another one everything first: isthmus grant {model.name}:{model.version} --for FILE.pem",
+            hint=f"give another one everything first: isthmus grant {model.name}:{model.version} --for FILE.pub.pem",
         )
 
 

@@ -1,4 +1,4 @@
-"""Signing keys and keyrings: create, list, trust, revoke."""
+"""Keys of signers and recipients, created; keyrings of trusted signers: list, trust, revoke."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from isthmus.errors import RequestMalformed, SettingsError
-from isthmus.security.ed25519 import new_signing_key, parse_public_keys
+from isthmus.security.ed25519 import new_signing_key, parse_public_keys, write_private_key
 from isthmus.security.keyring import (
     KEYRING,
     MAX_KEYRING_BYTES,
@@ -20,6 +21,7 @@ from isthmus.security.keyring import (
     parse_keyring,
     to_json,
 )
+from isthmus.security.recipients import new_pair, read_recipient
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,15 @@ class ListedKey:
         return {"id": self.id, "name": self.name, "state": self.state, **times}
 
 
-def new_key(path: Path) -> NewKey:
+class KeyKind(StrEnum):
+    """What a key is for: to sign, or to read encrypted versions, by X25519 or by RSA for modules and key services."""
+
+    SIGNING = "signing"
+    RECIPIENT = "recipient"
+    RECIPIENT_RSA = "recipient-rsa"
+
+
+def new_key(path: Path, kind: KeyKind = KeyKind.SIGNING) -> NewKey:
     """Create a key: the private one in `path`, for its owner alone, the public one in `path` with `.pub` before `.pem`.
 
     Raises:
@@ -58,9 +68,14 @@ def new_key(path: Path) -> NewKey:
     public = path.with_name(f"{path.name.removesuffix('.pem')}.pub.pem")
     if public.exists():
         raise RequestMalformed(f"{public} is there already, and would be the public key", path=str(public))
-    key = new_signing_key(path)
-    public.write_text(key.public.pem())
-    return NewKey(key.id, path, public)
+    if kind is KeyKind.SIGNING:
+        key = new_signing_key(path)
+        public.write_text(key.public.pem())
+        return NewKey(key.id, path, public)
+    private_pem, public_pem = new_pair("hpke-x25519" if kind is KeyKind.RECIPIENT else "rsa-oaep-sha256")
+    write_private_key(path, private_pem)
+    public.write_bytes(public_pem)
+    return NewKey(read_recipient(public_pem, where=str(public)).id, path, public)
 
 
 def list_keys(path: Path) -> list[ListedKey]:

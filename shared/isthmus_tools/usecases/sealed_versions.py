@@ -26,7 +26,7 @@ from isthmus_tools.progress import Progress
 # A ranged read of a blob; memory is a few times as much.
 _READ_BYTES = 8 * 2**20
 _HEAD, _TAIL = "head", "tail"
-FORM = "FILE.pem, or FILE.pem@SEGMENT,… where SEGMENT is head, tail, documents or an id such as ..31"
+FORM = "FILE.pub.pem, or FILE.pub.pem@SEGMENT,… where SEGMENT is head, tail, documents or an id such as ..31"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def parse_addressee(text: str) -> Addressee:
     except OSError as e:
         raise RequestMalformed(f"--for {text!r}: {e.strerror}; it is {FORM}", option="--for") from e
     # Labels are printed and compared; a path tells more than recipients need to know.
-    label = re.sub(r"[^A-Za-z0-9._-]", "-", path.stem)[:64] or "recipient"
+    label = re.sub(r"[^A-Za-z0-9._-]", "-", path.stem.removesuffix(".pub"))[:64] or "recipient"
     chosen = tuple(part.strip() for part in selection.split(",") if part.strip())
     return Addressee(label, read_recipient(pem, where=str(path)), chosen)
 

@@ -218,7 +218,7 @@ def test_secrets_are_in_no_log_no_environment_and_no_response(deployment: Deploy
 
 def checked(secrets: Path, *gateways: str) -> SecurityResult:
     settings = replace(registry_settings(""), secrets_dir=str(secrets))
-    variables = {"ISTHMUS_SECRETS": "[hop-keys]"}
+    variables = {"ISTHMUS_SECRETS": "[hop-keys, trusted-keys]"}
     return check_security(
         SecurityRequest(stack=ROOT / "stack.yml", settings=settings, variables=variables, gateways=gateways)
     )

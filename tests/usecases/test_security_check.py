@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime
 import json
 import os
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import trustme
 import yaml
 
+from isthmus.security.ed25519 import new_signing_key
 from isthmus.settings import RegistrySettings
 from isthmus_tools.cli.options import registry_settings
 from isthmus_tools.engine.stack import Stack, read_stack
@@ -24,7 +26,7 @@ from support.cli import isthmus
 from support.fake_s3 import FakeS3, error, serving
 from support.paths import ROOT
 
-KEYED = {"ISTHMUS_SECRETS": "[hop-keys]"}
+KEYED = {"ISTHMUS_SECRETS": "[hop-keys, trusted-keys]"}
 
 
 def opened(findings: list[SecurityFinding]) -> dict[str, str]:
@@ -33,7 +35,7 @@ def opened(findings: list[SecurityFinding]) -> dict[str, str]:
 
 def changed(change: Callable[[dict[str, dict[str, object]]], object], folder: Path) -> Stack:
     """The repository's stack with keys, after a change of its functions."""
-    text = (ROOT / "stack.yml").read_text().replace("${ISTHMUS_SECRETS:-[]}", "[hop-keys]")
+    text = (ROOT / "stack.yml").read_text().replace("${ISTHMUS_SECRETS:-[]}", "[hop-keys, trusted-keys]")
     document = yaml.safe_load(text)
     change(document["functions"])
     (folder / "stack.yml").write_text(yaml.safe_dump(document))
@@ -48,8 +50,8 @@ def test_the_stack_with_keys_leaves_nothing_open() -> None:
 
 def test_the_stack_without_keys_is_open_and_says_what_to_do() -> None:
     findings = list(stack_findings(read_stack(ROOT / "stack.yml", {})))
-    assert opened(findings) == {"hop-keys": "high"}
-    (finding,) = (f for f in findings if f.state == "open")
+    assert opened(findings) == {"hop-keys": "high", "trusted-keys": "medium"}
+    (finding,) = (f for f in findings if f.check == "hop-keys")
     assert finding.where == "router, edge-head, cloud-tail"
     assert "ISTHMUS_SECRETS" in finding.advice
 
@@ -57,9 +59,11 @@ def test_the_stack_without_keys_is_open_and_says_what_to_do() -> None:
 @pytest.mark.parametrize(
     ("function", "change", "check", "severity"),
     [
-        ("cloud-tail", {"secrets": []}, "hop-keys", "high"),
+        ("cloud-tail", {"secrets": ["trusted-keys"]}, "hop-keys", "high"),
+        ("cloud-tail", {"secrets": ["hop-keys"]}, "trusted-keys", "medium"),
+        ("cloud-tail", {"environment": {"trusted_keys": "none"}}, "trusted-keys", "medium"),
         ("cloud-tail", {"readonly_root_filesystem": False}, "read-only-root", "medium"),
-        ("router", {"secrets": ["hop-keys", "profile-token"]}, "profiling", "low"),
+        ("router", {"secrets": ["hop-keys", "profile-token", "trusted-keys"]}, "profiling", "low"),
         ("router", {"environment": {"expose_details": "true"}}, "expose-details", "medium"),
         ("router", {"environment": {"hops": "local,http://cloud.example.com/function/cloud-tail"}}, "tls", "low"),
         ("router", {"environment": {"hops": "local,http://10.0.0.7:8080/function/cloud-tail"}}, "tls", "low"),
@@ -137,6 +141,18 @@ def test_a_key_that_is_none_is_open_and_never_quoted(tmp_path: Path) -> None:
     assert "c2hvcnQ" not in str(finding)
 
 
+def test_a_keyring_whose_keys_soon_count_no_longer_is_open(tmp_path: Path) -> None:
+    settings = keyed_folder(tmp_path, "new")
+    pem = new_signing_key(tmp_path / "key.pem").public.pem()
+    for days, state in ((29, {"keyring": "medium"}), (31, {})):
+        end = (datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days)).strftime("%Y-%m-%dT%H:%M:%SZ")
+        keys = [{"name": "release", "public_key": pem, "not_after": end}]
+        (tmp_path / "trusted-keys").write_text(json.dumps({"format": "isthmus.keyring/1", "keys": keys}))
+        assert opened(list(secret_findings(settings))) == state
+    (tmp_path / "trusted-keys").write_text("no keyring")
+    assert opened(list(secret_findings(settings))) == {"keyring": "high"}
+
+
 def test_a_ca_of_hops_that_soon_expires_is_open(tmp_path: Path) -> None:
     settings = keyed_folder(tmp_path, "new")
     trustme.CA().cert_pem.write_to_path(tmp_path / "hop-ca")
@@ -168,8 +184,9 @@ def test_what_is_open_comes_first_and_the_worst_of_it(tmp_path: Path) -> None:
     (tmp_path / "secrets").mkdir()
     settings = keyed_folder(tmp_path / "secrets", "new", "old")
     result = check_security(SecurityRequest(stack=ROOT / "stack.yml", settings=settings, variables={}))
-    assert [(f.check, f.state) for f in result.findings[:3]] == [
+    assert [(f.check, f.state) for f in result.findings[:4]] == [
         ("hop-keys", "open"),
+        ("trusted-keys", "open"),
         ("key-rotation", "open"),
         ("strangers", "unknown"),
     ]
@@ -186,7 +203,7 @@ def test_the_command_exits_by_what_is_open(tmp_path: Path, monkeypatch: pytest.M
     document = json.loads(refused.stdout)
     assert document["ok"] is False
     assert document["findings"][0].keys() == {"check", "state", "severity", "where", "observed", "advice"}
-    monkeypatch.setenv("ISTHMUS_SECRETS", "[hop-keys]")
+    monkeypatch.setenv("ISTHMUS_SECRETS", KEYED["ISTHMUS_SECRETS"])
     safe = isthmus(*options)
     assert (safe.exit_code, "nothing critical or high is open" in safe.stdout) == (0, True)
     assert isthmus(*options, "--gateway", "nowhere").exit_code == 1

@@ -18,6 +18,7 @@ from isthmus.errors import (
     HopUnavailable,
     IsthmusError,
     ProfilingOff,
+    http_status,
 )
 from isthmus.http.sockets import connect
 from isthmus.http.tls import TlsTrust, open_trust
@@ -114,7 +115,7 @@ class FunctionProbe:
         return self._judge(
             "strangers",
             "critical",
-            not isinstance(self._refusal("/", CONTENT_TYPE), CallerUnknown),
+            not _is_closed(self._refusal("/", CONTENT_TYPE)),
             "it reads frames of callers without a key: whoever reaches the gateway can run every segment",
             "give it and the router the secret hop-keys: docs/reference/sealing.md",
             f"{self._name} refuses callers without a key",
@@ -122,11 +123,10 @@ class FunctionProbe:
 
     def serves_strangers(self) -> SecurityFinding:
         """Whether the router takes a request of someone without credentials."""
-        refusal = self._refusal("/", "image/png")
         return self._judge(
             "callers",
             "high",
-            not (isinstance(refusal, CallerUnknown) or _status(refusal) in (401, 403)),
+            not _is_closed(self._refusal("/", "image/png")),
             "the router serves whoever reaches the gateway",
             "configure callers, or put an ingress before the gateway that authenticates",
             "the router refuses callers without credentials",
@@ -135,10 +135,11 @@ class FunctionProbe:
     def profiles(self) -> SecurityFinding:
         """Whether the function measures for holders of a token."""
         refusal = self._refusal("/profile", CONTENT_TYPE)
+        is_off = isinstance(refusal, ProfilingOff | CallerUnknown)
         return self._judge(
             "profiling",
             "low",
-            not isinstance(refusal, ProfilingOff | CallerUnknown),
+            not is_off,
             "holders of profile-token can have segments run and measured",
             "take the secret profile-token from the function once profiles are stored",
             f"profiling is off at {self._name}",
@@ -189,8 +190,11 @@ class FunctionProbe:
         return None
 
 
-def _status(error: IsthmusError | None) -> int:
-    return int(error.facts.get("status", 0)) if isinstance(error, HopRejected) else 0
+def _is_closed(error: IsthmusError | None) -> bool:
+    """Whether a refusal is for want of credentials: the function's own, or that of a proxy before it."""
+    if isinstance(error, HopRejected):
+        return error.facts.get("status") in (401, 403)
+    return error is not None and http_status(error) in (401, 403)
 
 
 def _transport(gateway: str, trust: TlsTrust, timeout_s: float) -> Iterator[SecurityFinding]:

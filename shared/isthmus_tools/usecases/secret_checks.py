@@ -12,9 +12,11 @@ from secrets import token_hex
 from isthmus.errors import Denied, IsthmusError, SettingsError
 from isthmus.http.tls import files_of
 from isthmus.registry import open_blob_store, parse_address
+from isthmus.security.keyring import KeyringFile
 from isthmus.security.keys import SECRET, read_hop_keys
 from isthmus.settings import RegistrySettings
 from isthmus_tools.usecases.security_findings import SecurityFinding, judged, unknown
+from isthmus_tools.usecases.stack_security import TRUSTED_KEYS
 
 DAY_S = 86_400.0
 # A key that many deployments have seen is a key that somebody may have copied; certificates are renewed in weeks.
@@ -64,6 +66,7 @@ def secret_findings(settings: RegistrySettings) -> Iterator[SecurityFinding]:
             "replace the key: docs/reference/sealing.md, Keys",
             right=f"keys are at most {OLD_KEY_DAYS} days old",
         )
+    yield from _keyring(folder)
     yield from _authorities(settings)
 
 
@@ -103,6 +106,29 @@ def registry_findings(settings: RegistrySettings) -> Iterator[SecurityFinding]:
         "the functions' keys may write: a function that is taken over could replace models",
         "give functions keys that may only read: docs/reference/registry.md",
         right="the functions' keys may not write to the registry",
+    )
+
+
+def _keyring(folder: Path) -> Iterator[SecurityFinding]:
+    """Whether keys for signatures count for some time still; without any that does, no model is run."""
+    path = folder / TRUSTED_KEYS
+    if not path.is_file():
+        return
+    try:
+        keyring = KeyringFile(path).current()
+    except SettingsError as e:
+        yield SecurityFinding("keyring", "open", "high", str(path), e.message, e.hint)
+        return
+    # Signatures of the keys that count then: one such key is enough.
+    soon = time.time() + EXPIRING_DAYS * DAY_S
+    lasting = [name for name in keyring.keys if not keyring.refusal(name, soon)]
+    yield judged(
+        "keyring",
+        "medium",
+        [] if lasting else [str(path)],
+        f"no key of it counts in {EXPIRING_DAYS} days: functions will run nothing then",
+        "sign with another key, and add that to the keyring: isthmus key trust",
+        right=f"{len(lasting)} keys for signatures count for {EXPIRING_DAYS} more days",
     )
 
 

@@ -11,7 +11,7 @@ from isthmus.settings import urls_of
 from isthmus_tools.engine.stack import FunctionSpec, Stack
 from isthmus_tools.usecases.security_findings import SecurityFinding, judged
 
-HOP_KEYS, PROFILE_TOKEN = "hop-keys", "profile-token"
+HOP_KEYS, PROFILE_TOKEN, TRUSTED_KEYS = "hop-keys", "profile-token", "trusted-keys"
 # By the variable's name alone: what a value means cannot be seen in it.
 _SECRET_NAME = re.compile(r"secret|passw|token|api_?key|access_?key|private_?key|credential", re.IGNORECASE)
 # Names of Kubernetes' DNS, which lead to no other host than the cluster's.
@@ -40,6 +40,7 @@ def stack_findings(stack: Stack) -> Iterator[SecurityFinding]:
     functions = list(stack.functions.values())
     yield _hop_keys(functions)
     yield from _hops(functions)
+    yield _trusted_keys(functions)
     yield _secrets_in_environment(functions)
     yield _details(functions)
     yield _profiling(functions)
@@ -78,6 +79,22 @@ def _hops(functions: list[FunctionSpec]) -> Iterator[SecurityFinding]:
         yield judged("tls", "low", sealed, "sealed, but over http: the path and sizes are visible", advice, right=right)
     if readable or not sealed:
         yield judged("tls", "high", readable, "activations travel readable, over http", advice, right=right)
+
+
+def _trusted_keys(functions: list[FunctionSpec]) -> SecurityFinding:
+    """Of functions that read models; a keyring named by the setting counts, `none` does not."""
+    named = [f for f in functions if f.environment.get("trusted_keys", "") not in ("", "none")]
+    # The secret is looked for where the setting is empty: `none` turns it off.
+    by_secret = [f for f in functions if TRUSTED_KEYS in f.secrets and f.environment.get("trusted_keys") != "none"]
+    readers = [f for f in functions if not is_trigger(f)]
+    return judged(
+        "trusted-keys",
+        "medium",
+        [f.name for f in readers if f not in named and f not in by_secret],
+        "whoever may write to the registry decides what the function runs: it demands no signatures",
+        "sign versions, and give functions the secret trusted-keys: docs/how-to/signing.md",
+        right="functions run signed models alone",
+    )
 
 
 def _remote_hops(function: FunctionSpec) -> list[str]:

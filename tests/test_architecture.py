@@ -83,6 +83,7 @@ HEAVY = {
     "sqlite3": {"events"},
     "flask": {"serving"},
     "prometheus_client": {"serving", "engine"},
+    "re2": {"processing"},
     "PIL": {"processing", "calibration", "cli"},
     "aiohttp": {"engine"},
     "typer": {"cli"},

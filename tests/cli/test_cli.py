@@ -37,6 +37,7 @@ COMMANDS = [
     "audit",
     "key",
     "sign",
+    "redact",
     "rollback",
     "rm",
     "gc",

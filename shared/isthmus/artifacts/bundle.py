@@ -16,9 +16,11 @@ import msgspec
 from msgspec import Meta, Struct, field
 from msgspec.structs import force_setattr, replace
 
-from isthmus.artifacts.constraints import Count, Digest, Share, Text, matching
+from isthmus.artifacts.constraints import Blob as Blob
+from isthmus.artifacts.constraints import Count, Share, Text, matching
 from isthmus.artifacts.cuts import SYNTAX, CutName, CutText, layer_cut, parse_partition
 from isthmus.artifacts.json_documents import DocumentKind, builtins, canonical
+from isthmus.artifacts.redaction import Redaction
 from isthmus.artifacts.segment_id import SegmentId, partition_ids
 from isthmus.artifacts.state import State
 from isthmus.artifacts.tensors import TensorSpec
@@ -34,13 +36,6 @@ _NAME = r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?"
 _MODEL = re.compile(_NAME)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 ModelName = Annotated[str, matching(_NAME)]
-
-
-class Blob(Struct, frozen=True, forbid_unknown_fields=True):
-    """Content in the registry: `sha256:<hex>` and the length in bytes."""
-
-    digest: Digest
-    size: Count
 
 
 class WeightTensor(Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
@@ -146,7 +141,7 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     calibrated codecs by tensor name, each a frame of named arrays. `fidelity` is the blob of the fidelity document
     (docs/explanation/calibration.md), `plan` the blob of the plan (docs/reference/plan.md). `state` declares what a
     session's segments keep, `text` how a language model reads and writes, `embedding` how a sentence encoder takes
-    texts; each is absent for other models.
+    texts; each is absent for other models. `redaction` is what the router blurs or masks in an input before it leaves.
     """
 
     name: ModelName
@@ -166,6 +161,7 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     text: TextModel | None = None
     embedding: TextEmbedding | None = None
     exits: tuple[Exit, ...] = ()
+    redaction: Redaction | None = None
 
     def __post_init__(self) -> None:
         # In manifest order, so that equality does not depend on construction order.
@@ -270,7 +266,9 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
         """The lengths of all blobs referenced by this bundle, by digest."""
         segments = (*self.segments.values(), *(each.segment for each in self.exits))
         tokenizers = [model.tokenizer for model in (self.text, self.embedding) if model is not None]
-        documents = (self.labels, self.fidelity, self.plan, *tokenizers, *self.tables.values())
+        faces = self.redaction.faces if self.redaction is not None else None
+        detector = faces.detector if faces is not None else None
+        documents = (self.labels, self.fidelity, self.plan, detector, *tokenizers, *self.tables.values())
         blobs = (self.weights.blob, *(s.graph for s in segments), *documents)
         return {blob.digest: blob.size for blob in blobs if blob is not None}
 
@@ -309,7 +307,7 @@ def to_json(bundle: Bundle) -> bytes:
     """Canonical JSON of a bundle: sorted keys, no spaces, UTF-8; equal bundles give equal bytes."""
     doc = builtins(bundle)
     # Absent if empty, so that bundles without these fields keep the digests of earlier versions.
-    for name in ("tables", "fidelity", "plan", "state", "text", "embedding", "exits"):
+    for name in ("tables", "fidelity", "plan", "state", "text", "embedding", "exits", "redaction"):
         if not doc[name]:
             del doc[name]
     return canonical(doc)
@@ -347,6 +345,8 @@ def _check(bundle: Bundle) -> None:
         raise ValueError(f"has text by the output {bundle.text.logits[:80]!r}, which the model does not have")
     if bundle.embedding is not None:
         _check_embedding(bundle, bundle.embedding)
+    if bundle.redaction is not None:
+        _check_redaction(bundle, bundle.redaction)
     for specs in _tensor_lists(bundle):
         if len({spec.name for spec in specs}) != len(specs):
             raise ValueError("has two tensors of one name in one list")
@@ -382,6 +382,14 @@ def _check_embedding(bundle: Bundle, embedding: TextEmbedding) -> None:
     vector = next((spec for spec in bundle.outputs if spec.name == embedding.vector), None)
     if vector is None or vector.dtype != "float32" or len(vector.shape) != 2 or not isinstance(vector.shape[1], int):
         raise ValueError(f"has an embedding by {embedding.vector[:80]!r}, no output of float32[texts, width]")
+
+
+def _check_redaction(bundle: Bundle, redaction: Redaction) -> None:
+    redaction.check()
+    if redaction.of_photos and bundle.preprocess is None:
+        raise ValueError("redacts photos, and declares no pre-processing of photos")
+    if redaction.patterns and bundle.text is None and bundle.embedding is None:
+        raise ValueError("masks patterns of texts, and takes no texts")
 
 
 def _tensor_lists(bundle: Bundle) -> Iterable[tuple[TensorSpec, ...]]:

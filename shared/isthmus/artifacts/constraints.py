@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 # In Python `$` also matches before a final newline; JSON Schema's regular expressions have no `\Z`.
 _END = r"$(?!\n)"
@@ -28,3 +28,10 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 # Strings become header values, keys and log lines; frames have tighter bounds of their own.
 Text = Annotated[str, Meta(max_length=4096)]
 Digest = Annotated[str, matching("sha256:[0-9a-f]{64}")]
+
+
+class Blob(Struct, frozen=True, forbid_unknown_fields=True):
+    """Content in the registry: `sha256:<hex>` and the length in bytes."""
+
+    digest: Digest
+    size: Count

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from isthmus.artifacts.bundle import TextModel
+from isthmus.artifacts.bundle import Blob, Bundle, TextModel
 from isthmus.errors import RequestMalformed, RequestTooLarge
 from isthmus.generation.chat_template import ChatTemplate
+from isthmus.processing.text_masking import TextMasker, masker_of
 from isthmus.processing.tokenizer import read_tokenizer
 
 # Four times the characters of the longest context that models of this size have.
@@ -30,14 +31,15 @@ _BYTE = re.compile("<0x([0-9A-F]{2})>")
 class TextCodec:
     """Encodes prompts and decodes tokens as they come."""
 
-    def __init__(self, tokenizer: bytes, model: TextModel) -> None:
-        """Read a tokenizer.json and compile the chat template.
+    def __init__(self, tokenizer: bytes, model: TextModel, masker: TextMasker | None = None) -> None:
+        """Read a tokenizer.json and compile the chat template; `masker` masks the patterns of every text.
 
         Raises:
             ModelError: the tokenizer or the template cannot be read.
         """
         self._tokenizer = read_tokenizer(tokenizer)
         self._model = model
+        self.masker = masker
         self._template = ChatTemplate(model.chat_template) if model.chat_template else None
         document = json.loads(tokenizer)
         added = document.get("added_tokens", [])
@@ -45,13 +47,16 @@ class TextCodec:
         self._special = {t["id"]: t["content"] for t in added if t.get("special")}
         self._bytes = _byte_alphabet() if _has_byte_level(document.get("decoder")) else {}
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text; special tokens in it are plain text."""
-        return self._begin(self._encode_plain(text))
+    def encode(self, text: str, counts: MutableMapping[str, int] | None = None) -> list[int]:
+        """The ids of a text; special tokens in it are plain text. `counts` gets the numbers of masked patterns."""
+        return self._begin(self._encode_plain(text, counts))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], counts: MutableMapping[str, int] | None = None
+    ) -> list[int]:
         """The ids of a conversation that the assistant continues.
 
+        Patterns are masked in each text of each message by itself; `counts` gets their numbers.
         Special tokens come from the template alone: a message's text cannot end its own turn.
 
         Raises:
@@ -90,7 +95,7 @@ class TextCodec:
             if i % 2 == 0:
                 ids += self._tokenizer.encode(piece, add_special_tokens=False).ids
             elif int(piece) < len(texts):
-                ids += self._encode_plain(texts[int(piece)])
+                ids += self._encode_plain(texts[int(piece)], counts)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -117,9 +122,11 @@ class TextCodec:
             return bytes(self._bytes[character] for character in name)
         return name.replace(_SPACE, " ").encode()
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode_plain(self, text: str, counts: MutableMapping[str, int] | None = None) -> list[int]:
         if len(text) > MAX_TEXT_LENGTH:
             raise RequestTooLarge(f"the text has more than {MAX_TEXT_LENGTH} characters", limit=MAX_TEXT_LENGTH)
+        if self.masker is not None:
+            text = self.masker.mask(text, counts)
         ids: list[int] = []
         # The tokenizer reads special tokens anywhere; a zero-width split inside their text prevents that.
         for piece in _without_special(text, tuple(self._special.values())):
@@ -131,6 +138,18 @@ class TextCodec:
 
     def _token(self, token: int | None) -> str:
         return "" if token is None else self._special.get(token, "")
+
+
+def codec_of(bundle: Bundle, blob: Callable[[Blob], bytes]) -> TextCodec:
+    """The codec of a bundle's texts, with the patterns that the bundle masks; `blob` reads its tokenizer.
+
+    Raises:
+        RequestMalformed: the bundle generates no text.
+        RegistryError, ModelError: the tokenizer or a pattern cannot be read.
+    """
+    if bundle.text is None:
+        raise RequestMalformed(f"{bundle.name} generates no text", parameter="model")
+    return TextCodec(blob(bundle.text.tokenizer), bundle.text, masker_of(bundle))
 
 
 class TextStream:

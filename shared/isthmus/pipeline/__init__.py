@@ -29,7 +29,8 @@ from isthmus.pipeline.hop import (
     SessionHop,
     hops_by_url,
 )
-from isthmus.pipeline.route import PhotoInput, Route, local_route, photo_input, plan_route, planned_route
+from isthmus.pipeline.photos import PhotoInput, photo_input
+from isthmus.pipeline.route import Route, local_route, plan_route, planned_route
 from isthmus.security.protected_call import CallProtection
 
 __all__ = [

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.choice import PHOTO_ID
@@ -14,14 +13,14 @@ from isthmus.artifacts.fidelity import TOP1, Measure
 from isthmus.artifacts.plan import Candidate
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.artifacts.tensors import TensorSpec
-from isthmus.codecs import EncodedTensor, Encoding, Tables, find_codec
+from isthmus.codecs import Encoding, Tables, find_codec
 from isthmus.errors import PlanMalformed
 from isthmus.pipeline.agreement import margin
 from isthmus.pipeline.closer_looks import LookPolicy
 from isthmus.pipeline.hop import Hop
-from isthmus.processing.image_budget import SHARED, ImageMemory
-from isthmus.processing.image_spec import made_shape, photo_tensor
-from isthmus.wire.frame import DTYPES
+
+if TYPE_CHECKING:  # Pillow is slow to import
+    pass
 
 
 @dataclass(frozen=True)
@@ -83,41 +82,6 @@ class Route:
             for each in self.encodings
         )
         return replace(self, encodings=encodings)
-
-
-@dataclass(frozen=True)
-class PhotoInput:
-    """A model input that the last hop makes of a photo's file.
-
-    The file is sent as it came, or, with a `jpeg_quality` of 1 to 99, as a JPEG of the part that `preprocess` takes.
-    """
-
-    tensor: str
-    dtype: str
-    shape: tuple[int, ...]
-    jpeg_quality: int = 0
-    preprocess: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the input as an array."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-    def encode(
-        self, photo: bytes, *, max_pixels: int | None = None, memory: ImageMemory = SHARED
-    ) -> dict[str, EncodedTensor]:
-        """The photo as the encoded form of that input.
-
-        Raises:
-            As `processing.image.preprocess`, where the photo is compressed anew.
-        """
-        if self.jpeg_quality:
-            # Pillow is slow to import, and photos as they came need none.
-            from isthmus.processing.image import MAX_PIXELS, as_jpeg
-
-            pixels = MAX_PIXELS if max_pixels is None else max_pixels
-            photo = as_jpeg(photo, self.preprocess, self.jpeg_quality, max_pixels=pixels, memory=memory)
-        return {self.tensor: EncodedTensor(PHOTO_ID, self.dtype, self.shape, photo)}
 
 
 def plan_route(digest: str, bundle: Bundle, hops: tuple[Hop, ...], cuts: Iterable[str] | None = None) -> Route:
@@ -182,28 +146,6 @@ def planned_route(
     used = (hops[0], *(hops[-1] for _ in segments[1:]))
     each = ({}, *(encodings for _ in segments[1:]))
     return Route(digest, bundle, segments, used, each, _look_policy(candidate, bundle), near)
-
-
-def photo_input(candidate: Candidate, bundle: Bundle, hops: Sequence[Hop]) -> PhotoInput | None:
-    """The input that the last hop makes of photos; None where the plan has photos decoded here, or that hop is local.
-
-    Raises:
-        PlanMalformed: the bundle's pre-processing gives no input of a fixed shape.
-    """
-    if candidate.input != "photo" or not hops[-1].encodes:
-        return None
-    spec = bundle.preprocess
-    shape = None if spec is None else made_shape(spec)
-    if spec is None or shape is None:
-        raise PlanMalformed(f"{candidate.name} sends photos as they came, and {bundle.name} takes none", where="input")
-    tensor = photo_tensor(bundle)
-    coding = candidate.codecs.get(tensor.name)
-    return PhotoInput(tensor.name, tensor.dtype, shape, 0 if coding is None else jpeg_quality(coding.quality), spec)
-
-
-def jpeg_quality(quality: float) -> int:
-    """The JPEG quality of a plan's coding `photo/1`; 0 for 1, the photo as it came."""
-    return max(1, round(100 * quality)) if quality < 1 else 0
 
 
 def near_hop(hops: Sequence[Hop]) -> str:

@@ -18,12 +18,13 @@ from PIL import Image
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.tensors import TensorSpec
-from isthmus.errors import ShapeMismatch
+from isthmus.errors import ModelError, ShapeMismatch
 from isthmus.processing.image_budget import SHARED, ImageMemory
 from isthmus.processing.image_decoding import MAX_PIXELS as MAX_PIXELS
 from isthmus.processing.image_decoding import check_pixels, open_picture
 from isthmus.processing.image_memory import finishing_bytes
 from isthmus.processing.image_spec import photo_tensor, photos_refused, validate_spec
+from isthmus.processing.photo_redaction import PhotoRedactor
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -54,23 +55,44 @@ def check_classifies(bundle: Bundle, instead: str) -> None:
 
 
 def model_input(
-    bundle: Bundle, photo: bytes, *, max_pixels: int = MAX_PIXELS, memory: ImageMemory = SHARED
+    bundle: Bundle,
+    photo: bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    memory: ImageMemory = SHARED,
+    redactor: PhotoRedactor | None = None,
 ) -> dict[str, Array]:
-    """Decode `photo` and pre-process it as `bundle` declares: the model's input, by its name.
+    """Decode `photo`, redact it and pre-process it as `bundle` declares: the model's input, by its name.
 
     Shapes and bounds: see `preprocess`.
 
     Raises:
+        ModelError: the bundle redacts photos, and there is no redactor.
         MediaUnsupported: the bundle declares no pre-processing of photos, or the bytes are no image.
         ImageMalformed, RequestTooLarge, Overloaded, ShapeMismatch: as `preprocess`.
     """
+    if redactor is None and bundle.redaction is not None and bundle.redaction.of_photos:
+        raise ModelError(f"{bundle.name} redacts photos, and there is no redactor for this one")
     tensor = photo_tensor(bundle)
-    array = preprocess(photo, bundle.preprocess or {}, input=tensor, max_pixels=max_pixels, memory=memory)
+    spec = bundle.preprocess or {}
+    array = preprocess(photo, spec, input=tensor, max_pixels=max_pixels, memory=memory, redactor=redactor)
     return {tensor.name: array}
 
 
+def sample_input(bundle: Bundle, photo: bytes) -> dict[str, Array]:
+    """The model's input of an engineer's own sample, which no redaction changes; errors as `model_input`."""
+    tensor = photo_tensor(bundle)
+    return {tensor.name: preprocess(photo, bundle.preprocess or {}, input=tensor, max_pixels=MAX_PIXELS)}
+
+
 def preprocess(
-    data: bytes, spec: Mapping[str, Any], *, input: TensorSpec, max_pixels: int, memory: ImageMemory = SHARED
+    data: bytes,
+    spec: Mapping[str, Any],
+    *,
+    input: TensorSpec,
+    max_pixels: int,
+    memory: ImageMemory = SHARED,
+    redactor: PhotoRedactor | None = None,
 ) -> Array:
     """Decode an image and pre-process the picture to the model's input.
 
@@ -87,7 +109,7 @@ def preprocess(
     Source: docs/reference/api.md, "Photos".
     """
     steps = _steps_of(spec)
-    with _cropped(data, steps, spec["dtype"], max_pixels, memory) as image:
+    with _cropped(data, steps, spec["dtype"], max_pixels, memory, redactor) as image:
         array = _to_array(image, steps, spec["dtype"])
     _check_fits(array, spec, input)
     return array
@@ -116,9 +138,15 @@ def seen_part(
 
 
 def as_jpeg(
-    data: bytes, spec: Mapping[str, Any], quality: int, *, max_pixels: int, memory: ImageMemory = SHARED
+    data: bytes,
+    spec: Mapping[str, Any],
+    quality: int,
+    *,
+    max_pixels: int,
+    memory: ImageMemory = SHARED,
+    redactor: PhotoRedactor | None = None,
 ) -> bytes:
-    """The part of an image that `spec` takes, resized as `spec` does, as a JPEG.
+    """The part of an image that `spec` takes, redacted and resized as `spec` does, as a JPEG.
 
     `preprocess` of the JPEG changes no size and crops the same part, so the compression is the only difference. Around
     the crop the pixels of its border are repeated: they make the size that the resize step leaves as it is, and cost
@@ -128,7 +156,7 @@ def as_jpeg(
         As `preprocess`, but for ShapeMismatch.
     """
     steps = _steps_of(spec)
-    with _cropped(data, steps, spec["dtype"], max_pixels, memory) as image:
+    with _cropped(data, steps, spec["dtype"], max_pixels, memory, redactor) as image:
         pixels = np.asarray(image)  # (height, width, 3), uint8
         width, height = _canvas(image.size, steps)
         left, top = (_crop_start(side, crop) for side, crop in zip((width, height), image.size, strict=True))
@@ -138,17 +166,6 @@ def as_jpeg(
         file = io.BytesIO()
         picture.save(file, "JPEG", quality=quality, optimize=True)
     return file.getvalue()
-
-
-def has_canvas(spec: Mapping[str, Any]) -> bool:
-    """Whether `as_jpeg` can keep the model's part of every image: a crop that no image's resized side cuts."""
-    steps = {step["op"]: step for step in spec["steps"]}
-    resize, crop = steps.get("resize", {}), steps.get("center_crop")
-    if "short_side" in resize:
-        return crop is not None and min(crop["size"]) <= resize["short_side"]
-    return (
-        crop is None or "size" not in resize or all(c <= s for c, s in zip(crop["size"], resize["size"], strict=True))
-    )
 
 
 def _canvas(size: tuple[int, int], steps: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
@@ -166,17 +183,25 @@ def _steps_of(spec: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 @contextmanager
 def _cropped(
-    data: bytes, steps: Mapping[str, Mapping[str, Any]], dtype: str, max_pixels: int, memory: ImageMemory
+    data: bytes,
+    steps: Mapping[str, Mapping[str, Any]],
+    dtype: str,
+    max_pixels: int,
+    memory: ImageMemory,
+    redactor: PhotoRedactor | None = None,
 ) -> Iterator[Image.Image]:
-    """The decoded, resized and cropped picture, with the memory for all steps reserved for the block."""
+    """The decoded, redacted, resized and cropped picture, with the memory for all steps reserved for the block."""
 
     def finishing(size: tuple[int, int]) -> int:
-        return _finishing_bytes(size, steps, _DTYPES[dtype].itemsize, max_pixels)
+        redacting = 0 if redactor is None else redactor.working_bytes(size)
+        return redacting + _finishing_bytes(size, steps, _DTYPES[dtype].itemsize, max_pixels)
 
     with open_picture(
         data, max_pixels=max_pixels, memory=memory, min_side=_min_side(steps), finishing=finishing
     ) as picture:
         image = picture.decode()
+        if redactor is not None:
+            redactor.redact(image)
         if (resize := steps.get("resize")) is not None:
             # From the size before any reduction, so that the long side is independent of the reduction.
             image = image.resize(_resized(picture.upright, resize, max_pixels), _FILTERS[resize["interpolation"]])

@@ -77,6 +77,17 @@ def made_shape(spec: Mapping[str, Any]) -> tuple[int, ...] | None:
     return (1, 3, height, width) if steps["layout"]["to"] == "NCHW" else (1, height, width, 3)
 
 
+def has_canvas(spec: Mapping[str, Any]) -> bool:
+    """Whether `as_jpeg` can keep the model's part of every image: a crop that no image's resized side cuts."""
+    steps = {step["op"]: step for step in spec["steps"]}
+    resize, crop = steps.get("resize", {}), steps.get("center_crop")
+    if "short_side" in resize:
+        return crop is not None and min(crop["size"]) <= resize["short_side"]
+    return (
+        crop is None or "size" not in resize or all(c <= s for c, s in zip(crop["size"], resize["size"], strict=True))
+    )
+
+
 def _check_resize(step: Mapping[str, Any]) -> None:
     kind = "size" if "size" in step else "short_side"
     _keys(step, "resize", {"op", kind, "interpolation"})

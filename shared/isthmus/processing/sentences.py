@@ -5,13 +5,14 @@ A row's vector is the same alone and beside longer rows: the mask keeps padding 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 
 import numpy as np
 
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import TextEmbedding
 from isthmus.errors import ContextTooLong, RequestMalformed, RequestTooLarge
+from isthmus.processing.text_masking import TextMasker
 from isthmus.processing.tokenizer import read_tokenizer
 
 # Of one text: hundreds of characters for each token that published encoders take.
@@ -24,8 +25,8 @@ MAX_RUN_TOKENS = 4096
 class SentenceTokenizer:
     """Encodes texts with the bundle's tokenizer; no text is truncated."""
 
-    def __init__(self, tokenizer: bytes, model: TextEmbedding) -> None:
-        """Read a tokenizer.json.
+    def __init__(self, tokenizer: bytes, model: TextEmbedding, masker: TextMasker | None = None) -> None:
+        """Read a tokenizer.json; `masker` masks the patterns of every text.
 
         Raises:
             ModelError: the tokenizer cannot be read.
@@ -33,9 +34,10 @@ class SentenceTokenizer:
         self._tokenizer = read_tokenizer(tokenizer)
         self._vocabulary = self._tokenizer.get_vocab_size()
         self._max_tokens = model.max_tokens
+        self.masker = masker
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, special tokens included.
+    def encode(self, text: str, counts: MutableMapping[str, int] | None = None) -> list[int]:
+        """The ids of a text, special tokens included; `counts` gets the numbers of masked patterns.
 
         Raises:
             RequestTooLarge: more than MAX_TEXT_LENGTH characters.
@@ -45,6 +47,8 @@ class SentenceTokenizer:
             raise RequestTooLarge(
                 f"a text has {len(text)} characters; at most {MAX_TEXT_LENGTH} are taken", limit=MAX_TEXT_LENGTH
             )
+        if self.masker is not None:
+            text = self.masker.mask(text, counts)
         # One by one: `encode_batch` starts a thread for each CPU of the machine, whatever this function may use.
         return self.check(self._tokenizer.encode(text).ids)
 

@@ -9,9 +9,10 @@ from dataclasses import replace
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import Missing
-from isthmus.pipeline import Hop, PhotoInput, Route, plan_route
+from isthmus.pipeline import Hop, Route, plan_route
+from isthmus.pipeline.photos import photo_of, sends_photos
 from isthmus.pipeline.route import near_hop
-from isthmus.processing.image_spec import made_shape, photo_tensor
+from isthmus.processing.image_spec import made_shape
 from isthmus.routing.candidates import RouteCandidate
 
 # Cuts in the list; a bundle may have hundreds, and a person compares a few.
@@ -24,7 +25,8 @@ def alternative_routes(
     """Routes other than `selected`, by name: `raw`, `edge`, `cloud`, `photo` and `cut:NAME`.
 
     `raw` is the selected route without codecs, `edge` and `cloud` run the whole model on the first and the last hop,
-    `photo` sends the photo unchanged to the last hop, `cut:NAME` divides the model there and sends raw tensors.
+    `photo` sends the photo unchanged, or redacted, to the last hop, `cut:NAME` divides the model there and sends raw
+    tensors.
     """
     raw = selected.route.raw()
     others = (*_whole_routes(digest, bundle, hops), *_split_routes(digest, bundle, hops))
@@ -45,9 +47,8 @@ def _whole_routes(digest: str, bundle: Bundle, hops: tuple[Hop, ...]) -> Iterato
         yield "cloud", RouteCandidate(cloud)
         spec = bundle.preprocess
         shape = None if spec is None else made_shape(spec)
-        if spec is not None and shape is not None and hops[-1].encodes:
-            tensor = photo_tensor(bundle)
-            yield "photo", RouteCandidate(cloud, PhotoInput(tensor.name, tensor.dtype, shape, 0, spec))
+        if shape is not None and hops[-1].encodes and sends_photos(bundle):
+            yield "photo", RouteCandidate(cloud, photo_of(bundle, shape))
 
 
 def _split_routes(digest: str, bundle: Bundle, hops: tuple[Hop, ...]) -> Iterator[tuple[str, RouteCandidate]]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.plan import Terms
 from isthmus.pipeline import PhotoInput, Route
 from isthmus.routing.demand import Demand
 from isthmus.wire.frame import DTYPES
+
+if TYPE_CHECKING:  # Pillow is slow to import
+    from isthmus.processing.photo_redaction import PhotoRedactor
 
 NO_DEMAND = Demand()
 NO_TERMS = Terms()
@@ -55,7 +59,7 @@ class RouteCandidate:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A version of a model, its class names where the bundle has any, and the candidate routes of its requests."""
+    """A version of a model: its class names where the bundle has any, its candidate routes, the redaction of photos."""
 
     name: str
     version: str
@@ -63,6 +67,8 @@ class ServedModel:
     bundle: Bundle
     labels: tuple[str, ...] | None
     candidates: tuple[RouteCandidate, ...]
+    redactor: PhotoRedactor | None = None
+    """Of its photos; None where the bundle redacts none."""
 
     @property
     def route(self) -> RouteCandidate:

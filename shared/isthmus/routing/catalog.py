@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from cachetools import LRUCache, TTLCache
 
@@ -37,6 +37,9 @@ from isthmus.routing.canary_trial import CANARY, STABLE, CanaryTrial
 from isthmus.routing.canary_trials import CanaryTrials
 from isthmus.routing.candidates import RouteCandidate, ServedModel
 from isthmus.routing.selection import RouteSelector
+
+if TYPE_CHECKING:
+    from isthmus.processing.photo_redaction import PhotoRedactor
 
 # Models in the cache; names come from callers, so there must be an end.
 MAX_CACHED = 256
@@ -319,6 +322,13 @@ class ModelCatalog:
         except ModelError as e:
             raise RegistryError(e.message, registry=self._registry.url, blob=blob.digest) from e
 
+    def _redactor(self, bundle: Bundle) -> PhotoRedactor | None:
+        if bundle.redaction is None or not bundle.redaction.of_photos:
+            return None
+        from isthmus.runtime.face_detector import redactor_of  # Pillow and onnxruntime, of which a router may need none
+
+        return redactor_of(bundle, self._registry.blob)
+
     def _resolve(self, reference: str) -> ServedModel:
         model, alias = self._version(reference)
         entry = self._entry(model, alias)
@@ -340,7 +350,8 @@ class ModelCatalog:
         else:
             bundle = bundle or self._registry.bundle(digest)
             labels = None if bundle.labels is None else self._labels(bundle.labels)
-            model = ServedModel(name, version, digest, bundle, labels, self._routes.select(name, digest, bundle))
+            routes = self._routes.select(name, digest, bundle)
+            model = ServedModel(name, version, digest, bundle, labels, routes, self._redactor(bundle))
         with self._lock:
             # A number always means the same version, so that a request for a number need not wait for the registry.
             self._cache.setdefault(by_version, _NameEntry.now(model, self._refresh_s))

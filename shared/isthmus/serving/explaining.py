@@ -22,6 +22,7 @@ from isthmus.processing.image import model_input, seen_part
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.serving.inference import InferenceRequest
 from isthmus.serving.prediction import Predictor
+from isthmus.serving.redaction import state_redaction
 from isthmus.serving.request import FunctionRequest, Timings
 from isthmus.settings import RouterSettings
 
@@ -91,7 +92,10 @@ class Explainer:
             return inference.tensors.inputs, ()
         bundle, limits = inference.model.bundle, (self._settings.max_image_pixels, self._images)
         start = time.perf_counter()
-        inputs = model_input(bundle, inference.photo, max_pixels=limits[0], memory=limits[1])
+        counts: dict[str, int] = {}
+        redactor = None if inference.model.redactor is None else inference.model.redactor.counting(counts)
+        inputs = model_input(bundle, inference.photo, max_pixels=limits[0], memory=limits[1], redactor=redactor)
+        state_redaction(request, counts)
         part = seen_part(inference.photo, bundle.preprocess or {}, max_pixels=limits[0], memory=limits[1])
         request.timings.add("preprocess", time.perf_counter() - start)
         return inputs, part

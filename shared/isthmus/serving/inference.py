@@ -39,6 +39,7 @@ from isthmus.registry import open_blob_store
 from isthmus.registry.event_objects import EventObjects
 from isthmus.registry.lookups import Lookups
 from isthmus.routing.candidates import ServedModel
+from isthmus.serving.redaction import refuse_tensors
 from isthmus.serving.request import FunctionRequest
 from isthmus.settings import RouterSettings
 
@@ -113,9 +114,10 @@ class InferenceReader:
         """Read an Open Inference Protocol request, JSON with or without binary tensors.
 
         Raises:
-            MediaUnsupported: the body is a photo or a form.
+            MediaUnsupported: the body is a photo or a form, or the bundle redacts inputs.
             RequestMalformed, RequestTooLarge, ShapeMismatch: as `oip.parse_request`; Overloaded: as `Reservation.hold`.
         """
+        refuse_tensors(model.bundle)
         # Enough for the magic of any picture and the first lines of a form.
         first = bytes(request.body[:256])
         if looks_like_image(first) or looks_like_form(first):
@@ -259,6 +261,7 @@ def _read_form(request: FunctionRequest, model: ServedModel, body: bytes) -> Inf
 
 def _from_document(doc: Mapping[str, Any], model: ServedModel) -> InferenceRequest:
     if doc.get("inputs") is not None:
+        refuse_tensors(model.bundle)
         tensors = oip.parse_document(doc, inputs=model.bundle.inputs, outputs=model.bundle.outputs)
         return InferenceRequest(model, tensors=tensors)
     top_k = parse_top_k(doc.get("top_k"))

@@ -212,15 +212,24 @@ class Predictor:
         model = inference.model
         encoded: Mapping[str, EncodedTensor] = {}
         inputs: Mapping[str, Array] = {}
+        redactor = None if model.redactor is None else model.redactor.counting(sizes)
         start = time.perf_counter()
         if selected.photo is not None:
-            encoded = selected.photo.encode(photo, max_pixels=self._settings.max_image_pixels, memory=self._images)
+            encoded = selected.photo.encode(
+                photo, max_pixels=self._settings.max_image_pixels, memory=self._images, redactor=redactor
+            )
             sizes["input_bytes"] = selected.photo.nbytes
         else:
-            inputs = model_input(model.bundle, photo, max_pixels=self._settings.max_image_pixels, memory=self._images)
+            inputs = model_input(
+                model.bundle,
+                photo,
+                max_pixels=self._settings.max_image_pixels,
+                memory=self._images,
+                redactor=redactor,
+            )
             sizes["input_bytes"] = sum(array.nbytes for array in inputs.values())
         preprocess_s = time.perf_counter() - start
-        if selected.photo is None or selected.photo.jpeg_quality:
+        if selected.photo is None or selected.photo.compresses:
             request.timings.add("preprocess", preprocess_s)
         # The rest of a batch has no place in a continuation of one photo.
         result = self._execute(request, selected, inputs, encoded, None if inference.batch else sizes)

@@ -12,6 +12,7 @@ from isthmus.oip import messages as oip
 from isthmus.pipeline import Result
 from isthmus.processing.classify import classify
 from isthmus.routing.candidates import ServedModel
+from isthmus.serving.redaction import state_redaction
 from isthmus.serving.request import FunctionRequest
 
 
@@ -42,6 +43,7 @@ def photo_document(
     postprocess = model.bundle.postprocess or {}
     classes = classify(result.outputs[postprocess["output"]], postprocess, model.labels, top_k)[0]
     request.timings.add("postprocess", time.perf_counter() - start)
+    state_redaction(request, sizes)
     return {
         "classes": classes,
         "route": {

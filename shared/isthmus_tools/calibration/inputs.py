@@ -76,9 +76,9 @@ def open_source(bundle: Bundle, files: Sequence[Path], name: str, count: int, se
             source=name,
             hint="give arrays: .npy or .npz files named after the model's inputs",
         )
-    from isthmus.processing.image import model_input
+    from isthmus.processing.image import sample_input
 
-    return PhotoSource(lambda photo: model_input(bundle, photo), name, paths, count, seed)
+    return PhotoSource(lambda photo: sample_input(bundle, photo), name, paths, count, seed)
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -110,7 +110,7 @@ def split(source: InputSource, count: int, seed: int = 0) -> tuple[list[Path], l
 class PhotoSource:
     """Photos after pre-processing: each whole, then random crops, about half of them mirrored.
 
-    `to_input` makes the model's input of a photo's bytes, as `processing.image.model_input`.
+    `to_input` makes the model's input of a photo's bytes, as `processing.image.sample_input`.
     """
 
     def __init__(

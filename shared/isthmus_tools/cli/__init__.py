@@ -29,6 +29,7 @@ COMMANDS = {
     "calibrate": "Calibrate a bundle's codecs with inputs and measure how many predictions each keeps; publishes the"
     " next version.",
     "codec": "Show the fidelity and cost of every codec, beside JPEG and WebP of the input; or choose one by targets.",
+    "redact": "Publish what the router redacts in a model's photos or texts before anything of them leaves the edge.",
     "draft": "Fit an exit branch to a language model's cut; it drafts tokens at the edge. Publishes the next version.",
     "models": "List the models of a registry: what serves, when it was published, whether it is calibrated, its plan.",
     "show": "Show a version of a model: its inputs, cuts, calibration and plan, and the model's other versions.",

@@ -79,6 +79,7 @@ def _document(version: VersionSummary) -> dict[str, Any]:
         "default_cuts": list(bundle.default_cuts),
         "calibrated": list(version.calibrated),
         "plan": version.plan,
+        "redaction": "" if bundle.redaction is None else bundle.redaction.sentence(),
     }
 
 
@@ -101,6 +102,8 @@ def _show(version: VersionSummary) -> None:
             say(text)
     if bundle.embedding is not None:
         say(embedding_text(bundle.embedding))
+    if bundle.redaction is not None:
+        say(bundle.redaction.sentence())
     # By position or layer: the order of names would put layer_10 before layer_5.
     cuts = sorted(bundle.cuts.values(), key=lambda cut: (cut.macs_before, cut.name))
     say(f"weights {format_size(bundle.weights.blob.size)}; cuts {', '.join(cut.name for cut in cuts) or 'none'}")

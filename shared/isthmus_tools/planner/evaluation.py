@@ -20,7 +20,7 @@ from isthmus.codecs import EncodedTensor, Encoding, Tables, encodings
 from isthmus.context import Context
 from isthmus.pipeline import LocalHop, LookPolicy, LoopbackHop, PhotoInput, Result, SegmentRun, execute, local_route
 from isthmus.pipeline.agreement import agrees, output_error
-from isthmus.processing.image import model_input
+from isthmus.processing.image import sample_input
 from isthmus.runtime.tables import tables_of
 from isthmus_tools.planner.costs import CallBytes
 from isthmus_tools.planner.inputs import TrialInput, least_seconds, preprocess_seconds
@@ -108,7 +108,7 @@ class Evaluator:
         whole = local_route(self._digest, self._bundle, [self._whole], self._hop)
         pairs = [
             (
-                execute(whole, model_input(self._bundle, photo), _context()).outputs,
+                execute(whole, sample_input(self._bundle, photo), _context()).outputs,
                 self._execute(self._whole, {}, {}, encoded=target.encode(photo)).outputs,
             )
             for photo in photos

@@ -14,7 +14,7 @@ import numpy as np
 
 from isthmus.arrays import Array, check_tensors
 from isthmus.artifacts.bundle import Bundle
-from isthmus.processing.image import model_input
+from isthmus.processing.image import sample_input
 
 _PREPROCESS_RUNS = 3
 
@@ -31,15 +31,15 @@ def from_photos(bundle: Bundle, photos: Iterable[bytes]) -> list[TrialInput]:
     """Requests with photos.
 
     Raises:
-        MediaUnsupported: as `model_input`.
+        MediaUnsupported: as `sample_input`.
     """
-    return [TrialInput(model_input(bundle, photo), photo) for photo in photos]
+    return [TrialInput(sample_input(bundle, photo), photo) for photo in photos]
 
 
 def preprocess_seconds(bundle: Bundle, inputs: Sequence[TrialInput]) -> float:
     """Seconds here from a photo to the model's input, the median over the photos; 0 where requests hold tensors."""
     photos = [i.photo for i in inputs if i.photo is not None]
-    return statistics.median(least_seconds(partial(model_input, bundle, p)) for p in photos) if photos else 0.0
+    return statistics.median(least_seconds(partial(sample_input, bundle, p)) for p in photos) if photos else 0.0
 
 
 def least_seconds(work: Callable[[], object]) -> float:

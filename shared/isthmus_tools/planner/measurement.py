@@ -20,7 +20,7 @@ from isthmus.codecs import Tables
 from isthmus.context import Context
 from isthmus.errors import DeadlineExceeded, HopUnavailable, IsthmusError
 from isthmus.pipeline import CallProtection, HttpHop, Result, TlsTrust, execute, hops_by_url, photo_input, planned_route
-from isthmus.processing.image import model_input
+from isthmus.processing.image import sample_input
 from isthmus_tools.budget import UNLIMITED, Budget, Pace
 from isthmus_tools.planner.choice import VALUES, violations, without_deadlines
 from isthmus_tools.planner.elimination import ROUNDS, Run, successive_elimination
@@ -240,7 +240,7 @@ def requester(
         else:
             arrays = trial_input.arrays
             if trial_input.photo is not None and bundle.preprocess is not None:
-                arrays = model_input(bundle, trial_input.photo)
+                arrays = sample_input(bundle, trial_input.photo)
             preprocess_s = time.perf_counter() - start
             preprocess_cpu_s = time.thread_time() - before.router_s
             result = execute(route, arrays, context)

@@ -16,6 +16,7 @@ from isthmus.artifacts.plan import Candidate, Error, Plan, to_json
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.codecs import find_codec
 from isthmus.errors import Missing, PlanMismatch
+from isthmus.pipeline.photos import sends_photos
 from isthmus.registry import Registry, Version
 from isthmus_tools.planner.offered import offered_codecs, short_name
 
@@ -118,6 +119,9 @@ def _runs_alike(candidate: Candidate, before: Bundle, after: Bundle) -> bool:
     """Whether the candidate has the same inputs, segments and weights in both bundles."""
     # Other pre-processing makes other inputs, with other sizes and errors.
     if (before.preprocess, before.postprocess, before.weights) != (after.preprocess, after.postprocess, after.weights):
+        return False
+    # Of a redacted photo a JPEG is sent, which not every pre-processing allows.
+    if candidate.input == "photo" and not sends_photos(after):
         return False
     try:
         return _segments(candidate, before) == _segments(candidate, after)

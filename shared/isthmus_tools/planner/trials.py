@@ -14,8 +14,7 @@ from isthmus.artifacts.fidelity import Fidelity
 from isthmus.artifacts.plan import CloserLooks, Error
 from isthmus.errors import ModelError, RunFailed
 from isthmus.pipeline import PhotoInput
-from isthmus.processing.image import has_canvas
-from isthmus.processing.image_spec import made_shape
+from isthmus.processing.image_spec import has_canvas, made_shape
 from isthmus.registry import Registry, SegmentCache
 from isthmus.runtime.codec_speed import compared, speeds
 from isthmus_tools.budget import Budget, Pace

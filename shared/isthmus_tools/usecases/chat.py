@@ -17,7 +17,7 @@ from isthmus.context import Context, Deadline
 from isthmus.errors import ContextTooLong, HopRejected, HopUnavailable, Missing, RequestMalformed
 from isthmus.generation.completion import CompletionText
 from isthmus.generation.generator import Generated, GenerationRequest, Generator
-from isthmus.generation.text import TextCodec
+from isthmus.generation.text import codec_of
 from isthmus.http.tls import TlsTrust, open_trust
 from isthmus.pipeline import LocalHop, local_route, plan_route
 from isthmus.registry import Registry, open_cache, open_registry
@@ -169,7 +169,7 @@ class LocalChat:
             self._route = plan_route(resolved.digest, bundle, (hop,), cuts)
         else:
             self._route = local_route(resolved.digest, bundle, (bundle.segment(WHOLE),), hop)
-        self._codec = TextCodec(store.blob(bundle.text.tokenizer), bundle.text)
+        self._codec = codec_of(bundle, store.blob)
         self._ends = frozenset(bundle.text.eos)
         self.context = min(bundle.state.context, settings.max_session_tokens)
         # Now, so that the time to the first token is that of the model and not of its load.

@@ -15,7 +15,9 @@ from isthmus.pipeline.occlusion import PADDING_ID, OcclusionRequest, class_score
 from isthmus.processing.classify import class_index, classify
 from isthmus.processing.classify_spec import parse_labels
 from isthmus.processing.image import model_input, seen_part
+from isthmus.processing.photo_redaction import PhotoRedactor
 from isthmus.registry import open_cache, open_registry
+from isthmus.runtime.face_detector import redactor_of
 from isthmus.runtime.store import SegmentStore
 from isthmus.settings import RegistrySettings, SegmentSettings
 
@@ -48,7 +50,7 @@ class LocalModel:
             MediaUnsupported: the bundle declares no pre-processing.
             ImageMalformed: the bytes are no image.
         """
-        return model_input(self.model.bundle, photo)
+        return model_input(self.model.bundle, photo, redactor=self._redactor)
 
     def classes(self, outputs: Mapping[str, Array], top_k: int | None = None) -> list[dict[str, Any]]:
         """The classes of a photo's outputs, likeliest first: label, index and probability of each."""
@@ -59,6 +61,10 @@ class LocalModel:
     def _labels(self) -> tuple[str, ...] | None:
         blob = self.model.bundle.labels
         return None if blob is None else parse_labels(self._registry.blob(blob))
+
+    @cached_property
+    def _redactor(self) -> PhotoRedactor | None:
+        return redactor_of(self.model.bundle, self._registry.blob)
 
     def run(self, arrays: Mapping[str, Array], timeout_s: float = 60.0) -> Result:
         """The outputs by name, and the run of each segment.

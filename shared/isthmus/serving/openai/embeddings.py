@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -22,10 +23,12 @@ from isthmus.artifacts.bundle import TextEmbedding
 from isthmus.errors import RequestMalformed
 from isthmus.pipeline import Result
 from isthmus.processing.sentences import SentenceTokenizer, embed
+from isthmus.processing.text_masking import masker_of, refuse_token_ids
 from isthmus.registry import Registry
 from isthmus.routing import ServedModel
 from isthmus.serving.openai.requests import read_request
 from isthmus.serving.prediction import Predictor
+from isthmus.serving.redaction import state_masking
 from isthmus.serving.request import FunctionRequest
 from isthmus.serving.version_choice import VersionChoice
 from isthmus.settings import RouterSettings
@@ -154,12 +157,15 @@ class EmbeddingRoutes:
         """The token ids of each input.
 
         Raises:
-            RequestMalformed: an input is too long, or all of them are.
+            RequestMalformed: an input is too long, or all of them are; or token ids for a model that masks texts.
         """
         start = time.perf_counter()
         tokenizer, rows, tokens = self._tokenizer(model, embedding), list[list[int]](), 0
+        masked = Counter[str]()
         for entry in body.inputs():
-            rows.append(tokenizer.encode(entry) if isinstance(entry, str) else tokenizer.check(entry))
+            if not isinstance(entry, str) and tokenizer.masker is not None:
+                raise refuse_token_ids("input")
+            rows.append(tokenizer.encode(entry, masked) if isinstance(entry, str) else tokenizer.check(entry))
             # Within the loop: texts beyond the bound are not read to their end.
             if (tokens := tokens + len(rows[-1])) > MAX_TOKENS:
                 raise RequestMalformed(
@@ -169,11 +175,12 @@ class EmbeddingRoutes:
                     limit=MAX_TOKENS,
                 )
             request.context.deadline.check("the inputs were tokenized")
+        state_masking(request, masked)
         request.timings.add("preprocess", time.perf_counter() - start)
         return rows
 
     def _read_tokenizer(self, model: ServedModel, embedding: TextEmbedding) -> SentenceTokenizer:
-        return SentenceTokenizer(self._registry.blob(embedding.tokenizer), embedding)
+        return SentenceTokenizer(self._registry.blob(embedding.tokenizer), embedding, masker_of(model.bundle))
 
 
 def _embedding_of(model: ServedModel, body: EmbeddingRequestBody) -> TextEmbedding:

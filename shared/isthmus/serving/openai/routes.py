@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from flask import Response
 
 from isthmus.errors import ContextTooLong, RequestMalformed
 from isthmus.generation.generator import GenerationRequest
-from isthmus.generation.text import TextCodec
+from isthmus.generation.text import TextCodec, codec_of
+from isthmus.processing.text_masking import refuse_token_ids
 from isthmus.registry import Registry
 from isthmus.routing import ServedModel
 from isthmus.serving.generations import Generations
@@ -20,6 +22,7 @@ from isthmus.serving.openai.documents import ChatDocuments, CompletionDocuments,
 from isthmus.serving.openai.models import context_of, generating
 from isthmus.serving.openai.requests import ChatRequestBody, CompletionRequestBody, GenerationBody, read_request
 from isthmus.serving.openai.responses import CompletionJob, CompletionResponder
+from isthmus.serving.redaction import state_masking
 from isthmus.serving.request import FunctionRequest
 from isthmus.serving.version_choice import VersionChoice
 from isthmus.settings import RouterSettings
@@ -57,7 +60,9 @@ class CompletionRoutes:
         codec = self._codec(model)
         messages = [message.document() for message in body.messages]
         self._check_length("messages", "".join(message["content"] for message in messages), model, codec)
-        prompt = _Prompt("messages", codec.encode_chat(messages), model, codec)
+        masked = Counter[str]()
+        prompt = _Prompt("messages", codec.encode_chat(messages, masked), model, codec)
+        state_masking(request, masked)
         limit = body.max_completion_tokens or body.max_tokens
         documents = ChatDocuments(_head("chatcmpl", request, model), codec, bool(body.logprobs))
         return self._complete(
@@ -73,7 +78,9 @@ class CompletionRoutes:
         codec = self._codec(model)
         if isinstance(body.prompt, str):
             self._check_length("prompt", body.prompt, model, codec)
-        prompt = _Prompt("prompt", _prompt_ids(body, codec, model), model, codec)
+        masked = Counter[str]()
+        prompt = _Prompt("prompt", _prompt_ids(body, codec, model, masked), model, codec)
+        state_masking(request, masked)
         documents = TextDocuments(_head("cmpl", request, model), codec, body.logprobs is not None)
         generation = self._parameters(body, prompt, body.max_tokens, body.logprobs)
         return self._complete(request, body, prompt, documents, generation)
@@ -137,10 +144,7 @@ class CompletionRoutes:
         Raises:
             RegistryError, ModelError: the tokenizer cannot be read.
         """
-        text = model.bundle.text
-        if text is None:
-            raise RequestMalformed(f"{model.name} generates no text", parameter="model")
-        return TextCodec(self._registry.blob(text.tokenizer), text)
+        return codec_of(model.bundle, self._registry.blob)
 
 
 @dataclass(frozen=True)
@@ -162,20 +166,22 @@ def _too_long(field: str, number: str, count: int, context: int) -> ContextTooLo
     )
 
 
-def _prompt_ids(body: CompletionRequestBody, codec: TextCodec, model: ServedModel) -> list[int]:
-    """The token ids of a prompt.
+def _prompt_ids(body: CompletionRequestBody, codec: TextCodec, model: ServedModel, masked: Counter[str]) -> list[int]:
+    """The token ids of a prompt; `masked` gets the numbers of its masked patterns.
 
     Raises:
-        RequestMalformed: several prompts, or an id beyond the vocabulary.
+        RequestMalformed: several prompts, an id beyond the vocabulary, or ids for a model that masks texts.
     """
     if isinstance(body.prompt, str):
-        return codec.encode(body.prompt)
+        return codec.encode(body.prompt, masked)
     texts = [entry for entry in body.prompt if isinstance(entry, str)]
     ids = [entry for entry in body.prompt if isinstance(entry, int)]
     if texts:
         if len(body.prompt) > 1:
             raise RequestMalformed("a request has one prompt: a text, or a list of token ids", parameter="prompt")
-        return codec.encode(texts[0])
+        return codec.encode(texts[0], masked)
+    if codec.masker is not None:
+        raise refuse_token_ids("prompt")
     size = _vocabulary(model, codec)
     if (highest := max(ids, default=0)) >= size:
         raise RequestMalformed(f"the token id {highest} is beyond the vocabulary of {size} ids", parameter="prompt")

@@ -104,6 +104,7 @@ def _region(text: str) -> Region:
     from isthmus.artifacts.redaction import Region
 
     try:
+        # NaN is refused too: it is not within 0 to 1.
         x, y, width, height = (float(part) for part in text.split(","))
         if not all(0 <= share <= 1 for share in (x, y, width, height)):
             raise ValueError("a share is 0 to 1")

@@ -29,7 +29,7 @@ def centerface(path: Path, side: int) -> bytes:
     if side < _MULTIPLE or side % _MULTIPLE:
         raise ModelError(f"the side is {side} pixels; it is a multiple of {_MULTIPLE}", side=side)
     try:
-        model = onnx.load(path)
+        model = onnx.load(path)  # the weights are in the file
         _declare(model.graph, side)
         _decode(model.graph, side // _STRIDE)
         onnx.checker.check_model(model)
@@ -44,6 +44,7 @@ def _declare(graph: onnx.GraphProto, side: int) -> None:
     (name,) = (value.name for value in graph.input if value.name not in weights)
     for node in graph.node:
         node.input[:] = ["image" if each == name else each for each in node.input]
+    # Shapes within the graph are those of another size of picture; onnxruntime infers them anew.
     for values in (graph.input, graph.output, graph.value_info):
         del values[:]
     graph.input.append(helper.make_tensor_value_info("image", TensorProto.FLOAT, [1, 3, side, side]))
@@ -79,6 +80,7 @@ def _decode(graph: onnx.GraphProto, cells: int) -> None:
             node("Reshape", [_HEAT, "flat"], ["scores"]),
         ]
     )
+    # Every cell is a candidate: the threshold is the bundle's, and joining the boxes is the same for all detectors.
     outputs: dict[str, list[int]] = {"boxes": [cells * cells, 4], "scores": [cells * cells]}
     for name, shape in outputs.items():
         graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))

@@ -72,6 +72,7 @@ def redact(request: RedactRequest, progress: Progress = silent) -> RedactResult:
         ModelError: the detector or an expression cannot be used.
         RegistryError: unknown model, or the registry cannot be read or written.
     """
+    # An alias that the registry would refuse fails before the detector is read.
     if request.alias:
         check_alias(request.alias)
     store = open_registry(request.registry)
@@ -99,6 +100,7 @@ def _redaction(request: RedactRequest, folder: Path, progress: Progress) -> tupl
     if request.faces:
         progress("reading the face detector")
         faces, files = _faces(request, folder)
+    # In the order of the built-in ones, so that the same choice gives the same digest.
     names: list[BuiltinPattern] = [name for name in BUILTIN_PATTERNS if name in request.patterns]
     own = [TextPattern(name, expression) for name, expression in request.expressions]
     # Floats, since 1 and 1.0 are equal and give different documents, and so digests.
@@ -118,10 +120,12 @@ def _redaction(request: RedactRequest, folder: Path, progress: Progress) -> tupl
 def _faces(request: RedactRequest, folder: Path) -> tuple[FaceBlur, dict[str, Path]]:
     if request.detector is None:
         graph = centerface(FACE_DETECTOR.path, request.side)
+    # A bundle of a larger detector would be refused by every function.
     elif request.detector.stat().st_size > MAX_DETECTOR_BYTES:
         raise ModelError(f"{request.detector} has more than {MAX_DETECTOR_BYTES} bytes", path=str(request.detector))
     else:
         graph = request.detector.read_bytes()
+    # Loaded as a router loads it: a version that no router can serve is not published.
     try:
         OrtFaceDetector(graph, threads=1)
     except RunFailed as e:
@@ -134,6 +138,7 @@ def _faces(request: RedactRequest, folder: Path) -> tuple[FaceBlur, dict[str, Pa
 
 def _check_takes(bundle: Bundle, redaction: Redaction) -> None:
     """Refuse a redaction of inputs that a model does not take."""
+    # The manifest is checked for the same when it is read; here the sentence is about the command.
     if redaction.of_photos and bundle.preprocess is None:
         raise RequestMalformed(f"{bundle.name} takes no photos: it declares no pre-processing", model=bundle.name)
     if redaction.patterns and bundle.text is None and bundle.embedding is None:

@@ -35,6 +35,7 @@ COMMANDS = [
     "show",
     "alias",
     "audit",
+    "canary",
     "key",
     "sign",
     "redact",

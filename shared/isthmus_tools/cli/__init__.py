@@ -35,6 +35,7 @@ COMMANDS = {
     "show": "Show a version of a model: its inputs, cuts, calibration and plan, and the model's other versions.",
     "alias": "Let an alias mean a version from now on; prod is what requests without a version reach.",
     "rollback": "Move an alias back to the version that it meant before; once more goes further back.",
+    "canary": "Show the canaries of a model: their share and rule, and in a router the requests of both versions.",
     "key": "Create a key of a signer or a recipient, or change the keyring that functions trust.",
     "sign": "Sign a version; named by an alias, the alias too, which renews its expiry.",
     "rm": "Remove a version that no alias means; its content goes with the next `isthmus gc`.",

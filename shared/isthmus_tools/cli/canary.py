@@ -1,0 +1,74 @@
+"""`isthmus canary`: the canaries of a model's aliases, and how their trials go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+from isthmus.units import format_duration
+from isthmus_tools.cli.completion import complete_models
+from isthmus_tools.cli.console import errors, print_json, say, say_command, table
+from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
+
+if TYPE_CHECKING:
+    from isthmus.routing.state import TrialState
+
+_COLUMNS = ["alias", "release", "version", "requests", "errors", "median", "differ", "state"]
+
+
+def canary(
+    model: Annotated[str, typer.Argument(help="NAME of a model in the registry.", autocompletion=complete_models)],
+    *,
+    url: Annotated[str, typer.Option(envvar="ISTHMUS_URL", help="A router, whose trials are shown too.")] = "",
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    as_json: AsJson = False,
+) -> None:
+    """Show the canaries of a model: their share and rule, and in a router the requests of both versions.
+
+    Example: `isthmus canary efficientnet-lite0 --url http://127.0.0.1:8080/function/router`
+    """
+    from isthmus.http.tls import open_trust
+    from isthmus_tools.usecases.canary import CanaryQuestion, report_canaries
+
+    with errors(as_json):
+        settings = registry_settings(registry)
+        report = report_canaries(
+            CanaryQuestion(name=model, registry=settings, router=url, trust=open_trust(settings) if url else None)
+        )
+        if as_json:
+            documents = [msgspec.to_builtins(document) for document in report.aliases]
+            print_json({"aliases": documents, "trials": [msgspec.to_builtins(trial) for trial in report.trials]})
+            return
+        for document in report.aliases:
+            tried = document.canary
+            if tried is not None:
+                rule = ", ".join(f"{name} {value:g}" for name, value in msgspec.to_builtins(tried.rule).items())
+                say(
+                    f"{document.alias} means {model}:{document.version}; {tried.share:.0%} of its callers get"
+                    f" {model}:{tried.version}"
+                )
+                say(f"rolled back by: {rule}")
+        # No error: the end of a trial is a state like another.
+        if not report.aliases:
+            say(f"no alias of {model} has a canary")
+        if report.trials:
+            table(f"requests at {url}", _COLUMNS, _rows(report.trials), numbers=("requests", "errors"))
+        for alias in (document.alias for document in report.aliases):
+            finish = f"isthmus promote {model} --as {alias} --finish"
+            say_command("for all callers", in_registry(finish, registry))
+
+
+def _rows(trials: Sequence[TrialState]) -> list[list[str]]:
+    # Two rows a trial, so that the figures of the releases stand below each other.
+    rows = []
+    for trial in trials:
+        compared = trial.agreed + trial.differed
+        state = f"rolled back: {trial.reason}" if trial.reason else f"{trial.share:.0%} of the callers"
+        for release, counts in (("stable", trial.stable), ("canary", trial.canary)):
+            median = "" if counts.median_s is None else format_duration(counts.median_s)
+            own = [trial.alias, release, counts.version, str(counts.requests), str(counts.errors), median]
+            rows.append([*own, *([f"{trial.differed} of {compared}", state] if release == "canary" else ["", ""])])
+    return rows

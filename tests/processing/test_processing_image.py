@@ -19,9 +19,9 @@ from PIL import Image
 
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import ImageMalformed, IsthmusError, MediaUnsupported, ModelError, RequestTooLarge, ShapeMismatch
-from isthmus.processing.image import as_jpeg, has_canvas, preprocess
+from isthmus.processing.image import as_jpeg, preprocess
 from isthmus.processing.image_decoding import MAX_SCANS, decode
-from isthmus.processing.image_spec import validate_spec
+from isthmus.processing.image_spec import has_canvas, validate_spec
 from isthmus.processing.media import ACCEPTED, looks_like_image
 
 PHOTOS = Path(skimage.data.__file__).parent

@@ -19,6 +19,7 @@ from msgspec import structs
 from PIL import Image, PngImagePlugin
 
 from isthmus.artifacts.bundle import Blob, digest_of
+from isthmus.artifacts.canary import Canary, CanaryRule
 from isthmus.artifacts.plan import Coding
 from isthmus.artifacts.redaction import FaceBlur, Redaction, Region, TextPattern
 from isthmus.errors import ModelError, PlanMalformed
@@ -243,6 +244,30 @@ def test_an_explanation_and_the_rest_of_a_request_are_of_the_redacted_photo(plac
     finished = place.router().post("/continue", data=rest.data)
     assert finished.status_code == 200, finished.text
     assert finished.headers["Isthmus-Redacted"] == "faces=1, regions=1"
+
+
+def test_a_canary_that_redacts_nothing_is_compared_by_the_redacted_photo(place: Place) -> None:
+    registry, tried = place.published.registry, place.published.registry.resolve("photos:1")
+    assert tried.bundle.redaction is None
+    registry.move_alias("photos", "tried", place.published.version)
+    rule = CanaryRule(max_disagreement=1.0, max_errors=1.0, max_latency_ratio=1000)
+    # So small a share that this caller never gets it.
+    canary = Canary(1, tried.digest, 1e-6, registry.alias("photos", "tried").counter + 1, rule)
+    registry.move_alias("photos", "tried", place.published.version, canary=canary)
+    client = place.router(model="photos:tried", canary_compared=1.0, refresh_s=0.05)
+    expected = input_of(place, place.blurred())
+
+    def heads() -> dict[str, Any]:
+        sent = [frames.decode(body, max_bytes=10**6) for name, body in place.frames if name == "head"]
+        return {frame.bundle: frame.tensors["x"] for frame in sent if frame.tensors}
+
+    def compared() -> bool:
+        assert client.post("/", data=PHOTO).json["model_version"] == place.published.version
+        return len(heads()) == 2
+
+    eventually(compared)
+    assert all(np.array_equal(sent, expected) for sent in heads().values())
+    client.application.extensions["isthmus"].close()
 
 
 def test_a_detector_that_cannot_be_loaded_serves_nobody(place: Place, tmp_path: Path) -> None:

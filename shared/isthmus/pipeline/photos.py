@@ -65,7 +65,7 @@ class PhotoInput:
         """
         if self.redacts and redactor is None:
             raise ModelError("the bundle redacts photos, and there is no redactor for this one")
-        if self.compresses:
+        if self.compresses or redactor is not None:
             # Pillow is slow to import, and photos as they came need none.
             from isthmus.processing.image import MAX_PIXELS, as_jpeg
 

@@ -73,7 +73,10 @@ class Comparison:
         context = replace(request, deadline=Deadline.after(self._settings.deadline_s))
         agreed: bool | None
         try:
-            other = self._outputs(trial.stable if is_canary else trial.tried, inputs, context)
+            version = trial.stable if is_canary else trial.tried
+            # A photo that was redacted for its caller is redacted for the other version too.
+            version = replace(version, redactor=version.redactor or model.redactor)
+            other = self._outputs(version, inputs, context)
             pair = (other, outputs) if is_canary else (outputs, other)
             agreed = _agree(self._measure(trial.stable), *pair)
         except _PASSING:
@@ -89,9 +92,11 @@ class Comparison:
         if not isinstance(inputs, bytes):
             return execute(selected.route, inputs, context, {}).outputs
         if selected.photo is None:
-            tensors = model_input(model.bundle, inputs, max_pixels=max_pixels, memory=self._images)
+            tensors = model_input(
+                model.bundle, inputs, max_pixels=max_pixels, memory=self._images, redactor=model.redactor
+            )
             return execute(selected.route, tensors, context, {}).outputs
-        encoded = selected.photo.encode(inputs, max_pixels=max_pixels, memory=self._images)
+        encoded = selected.photo.encode(inputs, max_pixels=max_pixels, memory=self._images, redactor=model.redactor)
         return execute(selected.route, {}, context, encoded).outputs
 
     def _measure(self, stable: ServedModel) -> Measure:

@@ -130,10 +130,12 @@ def test_settings_name_files_in_place_of_secrets(guarded: str, ca: trustme.CA, t
     assert call(guarded, open_trust(settings)).request == FRAME.request
 
 
+@pytest.mark.parametrize("is_expired", [False, True])
 def test_a_servers_refusal_of_the_certificate_is_named(
-    guarded: str, ca: trustme.CA, stranger: trustme.CA, tmp_path: Path
+    guarded: str, ca: trustme.CA, stranger: trustme.CA, tmp_path: Path, is_expired: bool
 ) -> None:
-    folder = write_secrets(tmp_path / "s", ca=ca, client=stranger.issue_cert("router.example"))
+    old = ca.issue_cert("router.example", not_after=TODAY - DAY)
+    folder = write_secrets(tmp_path / "s", ca=ca, client=old if is_expired else stranger.issue_cert("router.example"))
     assert refusal(guarded, open_trust(settings_at(folder))).facts["reason"] == "certificate_refused"
 
 
@@ -294,7 +296,10 @@ def test_a_connection_that_ends_without_an_alert_has_advice(ca: trustme.CA, tmp_
 
 
 def test_nothing_turns_verification_off() -> None:
+    # Python's own, and those of requests, aiohttp, paho, obstore and opendal.
     off = (
+        "allow_invalid_certificates",
+        "danger_accept_invalid",
         "CERT_NONE",
         "check_hostname =",
         "check_hostname=False",

@@ -144,6 +144,20 @@ def test_the_dockerfile_installs_by_hash_and_names_its_bases_by_arguments() -> N
     assert "${PYTHON_VERSION}" in arguments["PYTHON_IMAGE"]
 
 
+@pytest.mark.parametrize("wanted", ["true", "false"])
+def test_a_functions_own_packages_come_by_hash_unless_the_build_says_otherwise(wanted: str, tmp_path: Path) -> None:
+    """The Dockerfile's step in a shell, with a python that prints its arguments."""
+    text = (TEMPLATE / "Dockerfile").read_text()
+    step = re.search(r"^RUN (if \[ \"\$\{REQUIRE_HASHES\}.*?fi)$", text, re.MULTILINE | re.DOTALL)
+    assert step is not None
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "REQUIRE_HASHES": wanted}
+    done = subprocess.run(["sh", "-ec", step[1]], env=env, capture_output=True, text=True, check=True, timeout=LONG_S)
+    hashes = "--require-hashes --only-binary=:all: " if wanted == "true" else ""
+    assert done.stdout == f"-m pip install {hashes}-r function/requirements.txt\n"
+
+
 def test_each_flavour_has_its_runtime_and_its_stage() -> None:
     text = (TEMPLATE / "Dockerfile").read_text()
     assert "ARG FLAVOUR=cpu\n" in text.partition("FROM ")[0]

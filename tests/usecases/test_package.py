@@ -232,6 +232,18 @@ def test_a_packaged_stack_is_one_that_faas_cli_reads_whole(house: Path, publishe
     assert not any(spec.secrets for spec in found.functions.values())
 
 
+def test_packaged_functions_keep_the_secrets_that_close_them(house: Path, published: Published) -> None:
+    """Without hop-keys a packaged function would run its segment for anybody."""
+    text = (house / "stack.yml").read_text()
+    written = packaged(published, f"photos:{published.version}")
+    found = stack(written, ISTHMUS_SECRETS="[hop-keys, trusted-keys]")
+    assert {spec.secrets for spec in found.functions.values()} == {("hop-keys", "trusted-keys")}
+    listed = "[hop-keys, s3-access-key-id, s3-secret-access-key]"
+    (house / "stack.yml").write_text(text.replace("${ISTHMUS_SECRETS:-[]}", listed))
+    found = stack(packaged(published, f"photos:{published.version}"))
+    assert {spec.secrets for spec in found.functions.values()} == {("hop-keys",)}
+
+
 def test_a_plan_of_more_segments_than_functions_is_refused(house: Path, published: Published) -> None:
     model = planned(published, candidate("split-1-6", "split", cuts=("1", "6")))
     result = invoke(published, model)

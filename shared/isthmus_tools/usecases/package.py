@@ -312,16 +312,23 @@ def _gateways(environment: Mapping[str, Any]) -> dict[str, str]:
     return {"edge": own[0], "cloud": own[-1]} if own else dict(_GATEWAYS)
 
 
+_S3_SECRETS = ("s3-access-key-id", "s3-secret-access-key")
+
+
 def _function(name: str, folder: Path, like: dict[str, Any], environment: dict[str, str], kind: str) -> dict[str, Any]:
     """A function like `like`, with its own name, handler, image and source of its segment."""
-    # A packaged function reads no registry, so its settings and the secrets for S3 go.
+    # A packaged function reads no registry, so its settings and the secrets for S3 go; other secrets, such as hop-keys,
+    # stay: without them the function would run segments for anybody.
     registry_only = ("registry", "preload", "model", "hops", "cuts", "s3_endpoint", "s3_region")
     environment_like = {k: v for k, v in (like.get("environment") or {}).items() if k not in registry_only}
     own = "router" if kind == "router" else str(like["handler"]).rpartition("/")[2]
     # The image keeps the registry, owner and tag of the function in stack.yml.
     image = str(like["image"]).replace(own, name)
+    secrets = like.get("secrets")
+    if isinstance(secrets, list):  # else a variable for faas-cli to fill in
+        like = {**like, "secrets": [name for name in secrets if name not in _S3_SECRETS]}
     return {
-        **{k: v for k, v in like.items() if k != "secrets"},
+        **like,
         "handler": f"./{folder / name}",
         "image": image,
         "environment": {**environment_like, **environment},

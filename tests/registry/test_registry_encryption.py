@@ -13,11 +13,13 @@ from isthmus.errors import Corrupt, Missing, NotGranted, RegistryError, RequestM
 from isthmus.registry import BlobStore, FolderStore, Registry, RetryPolicy, SegmentCache
 from isthmus.registry.collection import collect, find_garbage
 from isthmus.registry.content import blob_key
-from isthmus.registry.sealed_content import read_grant, sealed_key
+from isthmus.registry.sealed_content import grants_of, read_grant, sealed_key
 from isthmus.registry.versions import remove_model
 from isthmus.security.recipients import RecipientKey, new_pair, parse_recipient_key
 from isthmus.settings import RegistrySettings
 from isthmus_tools.usecases import encryption
+from isthmus_tools.usecases.encrypted_copies import copy_sealed, seal_into
+from isthmus_tools.usecases.sealed_versions import parse_addressee
 from support.fake_bundles import Fake, make_bundle, variant, weights_here
 from support.faulty_relay import flipped
 from support.patience import LONG_S
@@ -92,7 +94,6 @@ def encrypted(store: BlobStore, fake: Fake, keys: Keys, use: list[Registry]) -> 
     return Encrypted(store, fake, keys)
 
 
-@in_both_stores
 def test_nothing_plain_is_left_but_the_manifest(encrypted: Encrypted) -> None:
     store, fake = encrypted.store, encrypted.fake
     assert store.list("blobs/") == [blob_key(fake.digest)]
@@ -269,7 +270,6 @@ def test_further_grants_need_everything_and_the_last_one_of_everything_stays(
         encryption.revoke(encryption.RevokeRequest(model="fake", recipients=["nobody"], registry=settings))
 
 
-@in_both_stores
 def test_a_collection_keeps_what_grants_name_and_removes_the_rest(encrypted: Encrypted, use: list[Registry]) -> None:
     store, fake = encrypted.store, encrypted.fake
     assert find_garbage(use[-1], older_than_s=-1).removable == ()
@@ -285,11 +285,12 @@ def test_a_collection_keeps_what_grants_name_and_removes_the_rest(encrypted: Enc
 
 
 def test_content_that_is_sealed_is_not_published_in_plain_again(encrypted: Encrypted, use: list[Registry]) -> None:
-    for fake in (encrypted.fake, variant(encrypted.fake, "cut again")):
-        with pytest.raises(RegistryError, match="encrypted") as caught:
-            use[-1].publish(fake.bundle, fake.files)
-        assert "encrypt" in caught.value.hint
-    assert encrypted.store.list("blobs/") == [blob_key(encrypted.fake.digest)]
+    fake, other = encrypted.fake, variant(encrypted.fake, "cut again")
+    assert use[-1].publish(fake.bundle, fake.files).version == "1"
+    with pytest.raises(RegistryError, match="encrypted") as caught:
+        use[-1].publish(other.bundle, other.files)
+    assert "encrypt" in caught.value.hint
+    assert encrypted.store.list("blobs/") == [blob_key(fake.digest)]
 
 
 def test_a_blob_of_several_chunks_and_regions_is_read_by_any_range(
@@ -307,3 +308,38 @@ def test_a_blob_of_several_chunks_and_regions_is_read_by_any_range(
                 assert reader.read(fake.bundle.weights.blob.digest, start, stop) == fake.weights[start:stop]
     with pytest.raises(Corrupt, match="gave"):
         reader.read(fake.bundle.weights.blob.digest, size - 1, size + 1)
+
+
+def test_a_version_is_sealed_on_its_way_to_another_registry(
+    fake: Fake, keys: Keys, use: list[Registry], tmp_path: Path
+) -> None:
+    use[-1].publish(fake.bundle, fake.files)
+    target = Registry(FolderStore(tmp_path / "outside"), PATIENCE)
+    addressees = [parse_addressee(text) for text in (f"{keys.file('edge')}@head", keys.file("cloud"))]
+    with pytest.raises(Missing):
+        target.publish(fake.bundle, {})
+    seal_into(use[-1], target, fake.digest, addressees)
+    assert target.publish(fake.bundle, fake.files).version == "1"
+    assert target.store.list("blobs/") == [blob_key(fake.digest)]
+    encrypted = Encrypted(target.store, fake, keys)
+    encrypted.cache("edge", tmp_path / "edge").locate(fake.digest, "..1").release()
+    with pytest.raises(NotGranted):
+        encrypted.cache("edge", tmp_path / "edge").locate(fake.digest, "1..")
+    # What is there in plain would disclose it.
+    with pytest.raises(RequestMalformed, match="in plain already"):
+        seal_into(use[-1], use[-1], fake.digest, addressees)
+
+
+def test_an_encrypted_version_is_copied_as_it_is_by_whoever_has_no_key(encrypted: Encrypted, tmp_path: Path) -> None:
+    fake, source = encrypted.fake, encrypted.registry()
+    target = Registry(FolderStore(tmp_path / "copy"), PATIENCE)
+    (tmp_path / "copy").mkdir()
+    sizes = {entry.key: entry.size for entry in encrypted.store.entries("sealed/")}
+    assert copy_sealed(source, target, fake.digest) == sum(sizes.values())
+    assert target.publish(source.bundle(fake.digest), {}).digest == fake.digest
+    assert copy_sealed(source, target, fake.digest) == 0
+    assert grants_of(target.store, fake.digest) == grants_of(encrypted.store, fake.digest)
+    copy = Encrypted(target.store, fake, encrypted.keys)
+    copy.cache("cloud", tmp_path / "cloud").locate(fake.digest, "1..").release()
+    with pytest.raises(NotGranted):
+        copy.cache("edge", tmp_path / "edge").locate(fake.digest, "1..")

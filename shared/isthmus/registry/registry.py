@@ -20,7 +20,7 @@ from isthmus.registry.change_log import ChangeLog
 from isthmus.registry.content import Bundles, RegistryTrust, Upload, check_weights, corrupt, read_manifest
 from isthmus.registry.leases import publish_lease
 from isthmus.registry.retry_policy import RetryPolicy, in_parallel
-from isthmus.registry.sealed_content import Content, refuse_sealed
+from isthmus.registry.sealed_content import Content, is_encrypted, refuse_sealed
 from isthmus.registry.signatures import Signatures, not_signed
 from isthmus.retries import RetryBudget
 from isthmus.security.recipients import Unwrapper
@@ -100,7 +100,8 @@ class Registry:
 
         `files` maps digests to files; content already in the registry may be absent. The first version of a model
         receives the alias prod, and `alias` moves to this version. The version becomes visible after all content is
-        uploaded. `published_by` is for the audit log; empty for the user of this process.
+        uploaded. Of a bundle whose content is there sealed, with a grant of everything, no content is uploaded.
+        `published_by` is for the audit log; empty for the user of this process.
 
         Raises:
             Missing: content neither in `files` nor in the registry, or the version was removed meanwhile.
@@ -142,11 +143,13 @@ class Registry:
         return data
 
     def _upload(self, bundle: Bundle, data: bytes, files: Mapping[str, Path]) -> None:
-        refuse_sealed(self._store, bundle)
+        digest = manifest.digest_of(data)
         upload = Upload(self._store, self.retry_policy, self.retry_policy.budget())
-        for _ in in_parallel(lambda digest: upload.file(digest, files.get(digest)), sorted(bundle.blobs())):
-            pass
-        upload.data(manifest.digest_of(data), data)
+        if not is_encrypted(self._store, digest, bundle):
+            refuse_sealed(self._store, bundle)
+            for _ in in_parallel(lambda each: upload.file(each, files.get(each)), sorted(bundle.blobs())):
+                pass
+        upload.data(digest, data)
 
     def resolve(self, reference: str) -> Resolved:
         """Resolve `NAME`, `NAME:NUMBER` or `NAME:ALIAS`; a bare name is the alias prod, else the newest version.

@@ -75,6 +75,15 @@ def is_sealed(store: BlobStore, digest: str) -> bool:
     return bool(store.list(f"{SEALED}{_hex(digest)}/"))
 
 
+def is_encrypted(store: BlobStore, manifest: str, bundle: Bundle) -> bool:
+    """Whether all content of a bundle is in the store sealed, and one recipient can read it."""
+    grants = (read_grant(store, manifest, recipient) for recipient in grants_of(store, manifest))
+    whole = next((grant for grant in grants if grant.whole), None)
+    return whole is not None and all(
+        digest in whole.sealed and store.exists(sealed_key(digest, whole.sealed[digest])) for digest in bundle.content
+    )
+
+
 def refuse_sealed(store: BlobStore, bundle: Bundle) -> None:
     """Refuse to publish in plain what is encrypted in the store.
 

@@ -1,0 +1,108 @@
+"""Encrypted versions brought to another registry: sealed on the way, or as they are, without any key."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from isthmus.artifacts.bundle import Bundle
+from isthmus.errors import RegistryError, RequestMalformed
+from isthmus.registry import BlobStore, Registry
+from isthmus.registry.content import corrupt
+from isthmus.registry.leases import publish_lease
+from isthmus.registry.sealed_content import grants_of, put_grant, read_grant, sealed_key
+from isthmus_tools.progress import Progress, silent
+from isthmus_tools.usecases.sealed_versions import Addressee, give, plan_of, seal_content
+
+_READ_BYTES = 8 * 2**20
+
+
+def seal_into(
+    source: Registry, target: Registry, digest: str, addressees: Sequence[Addressee], progress: Progress = silent
+) -> None:
+    """Seal a version's content into another registry, with its grants; nothing plain gets there.
+
+    `Registry.publish` then numbers the version without files.
+
+    Raises:
+        RequestMalformed: the version is there in plain, or other versions hold some of its content in plain.
+        NotGranted: the source is encrypted, and this process may not read it.
+        RegistryError: a registry cannot be read or written.
+    """
+    bundle, store, retry_policy = source.bundle(digest), target.store, target.retry_policy
+    _refuse_plain(target, bundle)
+    plan = plan_of(source, bundle)
+    for addressee in addressees:
+        addressee.segments(bundle, plan[0])
+    with publish_lease(store, retry_policy):
+        sealed = seal_content(source, store, retry_policy, [bundle], progress)
+        for addressee in sorted(addressees, key=lambda each: bool(each.selection)):
+            give(store, retry_policy, (digest, bundle), plan, sealed, addressee)
+
+
+def copy_sealed(source: Registry, target: Registry, digest: str, progress: Progress = silent) -> int:
+    """Copy the grants of an encrypted version and what they name to another registry; the bytes that were copied.
+
+    No key is needed, and content that arrived before is not copied again. A version without grants takes nothing.
+
+    Raises:
+        RequestMalformed: the target holds some of the content in plain.
+        Corrupt: the target gives other bytes than the source.
+        RegistryError: a registry cannot be read or written.
+    """
+    recipients = source.retry_policy(lambda: grants_of(source.store, digest))
+    grants = [source.retry_policy(lambda each=each: read_grant(source.store, digest, each)) for each in recipients]  # type: ignore[misc]
+    if not grants:
+        return 0
+    _refuse_plain(target, source.bundle(digest))
+    keys = sorted({sealed_key(blob, identity) for grant in grants for blob, identity in grant.sealed.items()})
+    copied = 0
+    with publish_lease(target.store, target.retry_policy):
+        for number, key in enumerate(keys, start=1):
+            progress(f"copying sealed blob {number} of {len(keys)}")
+            copied += _copy(source, target, key)
+        # A grant of everything says that the version is encrypted: all of its content is there by now.
+        for grant in grants:
+            target.retry_policy(lambda grant=grant: put_grant(target.store, grant))  # type: ignore[misc]
+    return copied
+
+
+def _copy(source: Registry, target: Registry, key: str) -> int:
+    size = source.retry_policy(lambda: source.store.size(key))
+    if size is None:
+        raise RegistryError(f"{source.url} has no {key}, which a grant names", registry=source.url, blob=key)
+    if target.retry_policy(lambda: target.store.size(key)) == size:
+        return 0
+    with tempfile.TemporaryDirectory(prefix="isthmus-copy-") as folder:
+        path = Path(folder) / "sealed"
+        with path.open("wb") as f:
+            f.writelines(_ranges(source, source.store, key, size))
+        target.store.put_file(key, path, target.retry_policy.budget())
+        # Without a key the tags cannot be checked here: both stores must give the same bytes.
+        arrived = hashlib.sha256()
+        for part in _ranges(target, target.store, key, size):
+            arrived.update(part)
+        with path.open("rb") as f:
+            if hashlib.file_digest(f, "sha256").digest() != arrived.digest():
+                target.retry_policy(lambda: target.store.delete(key))
+                raise corrupt(target.url, key)
+    return size
+
+
+def _ranges(registry: Registry, store: BlobStore, key: str, size: int) -> Iterator[bytes]:
+    for start in range(0, size, _READ_BYTES):
+        stop = min(start + _READ_BYTES, size)
+        yield registry.retry_policy(lambda start=start, stop=stop: store.read(key, start, stop))  # type: ignore[misc]
+
+
+def _refuse_plain(target: Registry, bundle: Bundle) -> None:
+    plain = {key.rpartition("/")[2] for key in target.store.list("blobs/sha256/")}
+    if shared := sorted({digest.removeprefix("sha256:") for digest in bundle.content} & plain):
+        raise RequestMalformed(
+            f"{len(shared)} of {len(bundle.content)} blobs of {bundle.name} are in {target.url} in plain already",
+            blob=f"sha256:{shared[0]}",
+            hint="encrypt the versions there that hold them: isthmus encrypt NAME:VERSION --shared --for …; content of"
+            " removed versions goes with isthmus gc --delete",
+        )

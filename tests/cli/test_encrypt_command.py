@@ -58,11 +58,28 @@ def test_a_key_of_a_recipient_has_the_id_of_its_grants(photos: Published) -> Non
     assert "--kind is of isthmus key new" in said
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("cut", "photos", "--cut", "4"),
+        ("calibrate", "photos", "--data", "."),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_version_made_of_an_encrypted_one_is_refused_at_once(photos: Published, command: tuple[str, ...]) -> None:
+    document(isthmus("encrypt", "photos", "--for", "own.pub.pem", "--json"))
+    refused = refusal(isthmus(*command, "--json"))
+    assert "a version in plain would disclose them" in refused["error"]
+    assert "publish it where the plain model is" in refused["hint"]
+
+
 def test_lists_of_versions_need_no_key(photos: Published, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     document(isthmus("encrypt", "photos", "--for", "own.pub.pem", "--json"))
     monkeypatch.setenv("secrets_dir", str(tmp_path / "none"))
     assert document(isthmus("models", "--json"))[0]["name"] == "photos"
-    assert document(isthmus("show", "photos", "--json"))["version"] == "1"
+    shown = document(isthmus("show", "photos", "--json"))
+    assert [(each["label"], each["whole"]) for each in shown["grants"]] == [("own", True)]
+    assert "own (" in isthmus("show", "photos").stdout
     assert document(isthmus("gc", "--json"))["bytes"] == 0
     refused = refusal(isthmus("grant", "photos", "--for", "edge.pub.pem", "--json"))
     assert refused["type"] == "NotGranted"

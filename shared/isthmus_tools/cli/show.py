@@ -9,6 +9,7 @@ import typer
 from isthmus.units import format_size
 from isthmus_tools.cli.completion import complete_models
 from isthmus_tools.cli.console import errors, print_json, say, say_command, table
+from isthmus_tools.cli.encrypt import grant_document, show_grants
 from isthmus_tools.cli.importing import embedding_text, tensor_documents
 from isthmus_tools.cli.models import cuts_text
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
@@ -30,6 +31,7 @@ def show(
     Example: `isthmus show efficientnet-lite0:2`
     """
     from isthmus.registry import open_registry
+    from isthmus_tools.usecases.encryption import list_grants
     from isthmus_tools.usecases.versions import list_versions, next_command, summarise
 
     with errors(as_json):
@@ -37,10 +39,15 @@ def show(
         version = summarise(store, model)
         versions = list_versions(store, version.name)
         following = in_registry(next_command(store, f"{version.name}:{version.version}"), registry)
+        grants = list_grants(store, version.digest, version.bundle)
         if as_json:
-            print_json({**_document(version), "versions": [_document(v) for v in versions], "next": following})
+            shown = {**_document(version), "grants": [grant_document(grant) for grant in grants]}
+            print_json({**shown, "versions": [_document(v) for v in versions], "next": following})
             return
         _show(version)
+        if grants:
+            say("encrypted:")
+            show_grants(grants)
         table(
             f"versions of {version.name}",
             ["version", "aliases", "published", "calibrated", "plan", "default cuts"],

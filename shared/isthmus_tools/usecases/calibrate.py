@@ -24,7 +24,7 @@ from isthmus_tools.calibration.boundary import SegmentExecutor
 from isthmus_tools.calibration.calibrate import Calibrated, CalibrationSpec
 from isthmus_tools.calibration.inputs import open_source
 from isthmus_tools.progress import Progress, silent
-from isthmus_tools.usecases.publication import Publication, planned_cuts, publish_version
+from isthmus_tools.usecases.publication import Publication, planned_cuts, publish_version, refuse_encrypted
 from isthmus_tools.zoo.calibration import PROSE
 
 INPUTS, TOKENS = 400, 3200
@@ -86,6 +86,7 @@ def calibrate(request: CalibrateRequest, progress: Progress = silent) -> Calibra
     settings = SegmentSettings(**vars(request.registry), threads=request.threads)
     store = open_registry(settings)
     model = store.resolve(request.model)
+    refuse_encrypted(store, model)
     bundle = model.bundle
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
         cuts = calibrated_cuts(request, store, model)

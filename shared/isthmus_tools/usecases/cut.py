@@ -18,7 +18,7 @@ from isthmus_tools.graph.decoder.bundler import add_layer_cuts
 from isthmus_tools.graph.encoder.bundler import add_encoder_cuts
 from isthmus_tools.graph.exporting import ModelInputs
 from isthmus_tools.progress import Progress, silent
-from isthmus_tools.usecases.publication import Publication, findings, publish_version
+from isthmus_tools.usecases.publication import Publication, findings, publish_version, refuse_encrypted
 from isthmus_tools.usecases.sources import onnx_file
 
 
@@ -65,6 +65,7 @@ def cut(request: CutRequest, progress: Progress = silent) -> CutResult:
         check_alias(request.alias)
     store = open_registry(request.registry)
     model = store.resolve(request.model)
+    refuse_encrypted(store, model)
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
         progress(f"fetching {model.name}:{model.version}")
         with open_cache(request.registry, store).locate(model.digest, WHOLE) as whole:

@@ -22,7 +22,7 @@ from isthmus_tools.calibration.exit_training import ExitAgreement, fit_branch, o
 from isthmus_tools.graph.decoder.exits import exit_segment, matrix_of
 from isthmus_tools.graph.weights import LOCATION
 from isthmus_tools.progress import Progress, silent
-from isthmus_tools.usecases.publication import Publication, publish_version
+from isthmus_tools.usecases.publication import Publication, publish_version, refuse_encrypted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,7 @@ def draft(request: DraftRequest, progress: Progress = silent) -> DraftResult:
     settings = SegmentSettings(**vars(request.registry), threads=request.threads)
     registry = open_registry(settings)
     model = registry.resolve(request.model)
+    refuse_encrypted(registry, model)
     bundle, text = model.bundle, model.bundle.text
     if bundle.state is None or text is None:
         raise ModelError(f"{bundle.name} is no language model: it declares no state")

@@ -18,6 +18,7 @@ from isthmus_tools.usecases.plan_language import plan_language_model
 from isthmus_tools.usecases.plan_request import AnswerSize, PlanRequest, PlanResult, check_language_request
 from isthmus_tools.usecases.profile import tier_profiles
 from isthmus_tools.usecases.profile_request import ProfileRequest
+from isthmus_tools.usecases.publication import refuse_encrypted
 from isthmus_tools.usecases.sources import example_requests, further_photos
 
 __all__ = ["AnswerSize", "PlanRequest", "PlanResult", "check_graph", "check_inputs", "plan"]
@@ -41,6 +42,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
     # Before anything runs: cost and energy are nothing without prices.
     check_prices(request.objective, request.constraints, request.prices)
     model = store.resolve(request.model)
+    refuse_encrypted(store, model)
     if model.bundle.text is not None:
         check_language_request(request, model.bundle)
         return plan_language_model(request, store, model, _profiles(request, progress), progress)

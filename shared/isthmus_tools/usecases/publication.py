@@ -14,6 +14,7 @@ from isthmus.artifacts.plan import Plan, read_plan
 from isthmus.errors import CalibrationError, Missing, PlanMalformed, PlanMismatch
 from isthmus.registry import Registry, Resolved, Version, open_registry
 from isthmus.registry.aliases import check_alias
+from isthmus.registry.sealed_content import refuse_sealed
 from isthmus.settings import RegistrySettings
 from isthmus.units import format_duration, format_rate
 from isthmus_tools.planner.candidates import CandidateSet
@@ -65,6 +66,15 @@ def findings(bundle: Bundle, before: Bundle | None = None) -> list[str]:
         if old.get(cut) != share
     ]
     return [*differ, *(note for note in now.get("notes", []) if note not in earlier.get("notes", []))]
+
+
+def refuse_encrypted(registry: Registry, model: Resolved) -> None:
+    """Refuse to make a version of an encrypted one, before minutes of work: its new content would be plain.
+
+    Raises:
+        RegistryError: the version is encrypted.
+    """
+    refuse_sealed(registry.store, model.bundle)
 
 
 def publish_version(

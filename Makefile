@@ -16,7 +16,7 @@ ARGS ?=
 export ISTHMUS_REGISTRY ?= $(CURDIR)/.isthmus/registry
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run demo-data pictures up test check format schemas lock requirements wheels clean
+.PHONY: help setup setup-dev run demo-data pictures up test store-servers check format schemas lock requirements wheels clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -82,6 +82,20 @@ up: setup ## the functions, left running on http://127.0.0.1:8080
 test: setup-dev ## the tests
 	$(PYTEST) $(ARGS)
 
+# Without them the tests of these stores skip, and say so: azurite is 360 MB on disk, pyspark 220 MB to download. Hadoop's
+# jars in pyspark 2.4 are the only name node in a package index; they are of Hadoop 2.7, and need Java.
+store-servers: setup-dev ## install azurite (by npm) and HDFS (needs Java) for the tests of registries there
+	npm install --prefix .servers --no-audit --no-fund --loglevel=error azurite@3.37.0
+	mkdir -p .servers/hadoop
+	$(BIN)/python -m pip download --quiet --no-deps --no-build-isolation --dest .servers pyspark==2.4.8
+	tar -xzf .servers/pyspark-2.4.8.tar.gz -C .servers/hadoop --strip-components=3 --wildcards \
+		$(foreach jar,$(HADOOP_JARS),'*/jars/$(jar)*.jar')
+	rm .servers/pyspark-2.4.8.tar.gz
+
+HADOOP_JARS := commons- guava- hadoop-annotations hadoop-auth hadoop-common hadoop-hdfs htrace-core jackson-core-asl \
+	jackson-mapper-asl javax.servlet-api javax.ws.rs-api jaxb-api jetty- log4j-1 netty- leveldbjni protobuf- \
+	slf4j-api slf4j-log4j12 xercesImpl xmlenc
+
 check: setup-dev ## the whole gate: style, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -111,10 +125,11 @@ lock: ## pin what is installed now in constraints.txt, and the images' packages 
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --only-binary :all: --generate-hashes \
 	--no-annotate --custom-compile-command "make requirements" -c constraints.txt
 
-requirements: setup-dev ## pin all packages of the images by hash, under constraints.txt
+requirements: setup-dev ## pin all packages of the images by hash; STORES="gcs azure hdfs": registries there
 	set -e; for file in template/*/*.in; do $(COMPILE) $$file -o $${file%.in}.txt; done
 	set -e; for folder in functions/*/; do \
 		case $$folder in functions/trigger/) extra="--extra events --extra traces" ;; *) extra="--extra traces" ;; esac; \
+		for store in $(STORES); do extra="$$extra --extra $$store"; done; \
 		$(COMPILE) --no-emit-package onnxruntime $$extra shared/isthmus/pyproject.toml \
 			-o $${folder}requirements.txt; done
 	$(MAKE) wheels

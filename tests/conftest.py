@@ -21,4 +21,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 
-pytest_plugins = ("support.leftovers", "support.s3_server", "support.moto_server", "support.nats_server")
+pytest_plugins = (
+    "support.leftovers",
+    "support.s3_server",
+    "support.moto_server",
+    "support.nats_server",
+    "support.gcs_server",
+    "support.azurite_server",
+    "support.hdfs_server",
+)

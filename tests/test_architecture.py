@@ -75,6 +75,8 @@ HEAVY = {
     "onnxruntime": {"runtime"},
     "boto3": {"registry", "events"},
     "botocore": {"registry", "events"},
+    "obstore": {"registry"},
+    "hdfs_native": {"registry"},
     "nats": {"events"},
     "nacl": {"events"},
     "paho": {"events"},

@@ -166,7 +166,9 @@ def test_a_function_calls_nobody_and_writes_to_its_cache_alone(
 
 
 @linux
-@pytest.mark.parametrize("module", ["isthmus.registry.s3", "isthmus.client", "isthmus.serving", "boto3"])
+@pytest.mark.parametrize(
+    "module", ["isthmus.registry.s3", "isthmus.registry.cloud", "isthmus.client", "isthmus.serving", "boto3"]
+)
 def test_importing_calls_nobody_and_writes_nothing(tmp_path: Path, module: str) -> None:
     done = run(f"{CONFINED}\nimport {module}", tmp_path / "home")
     assert done.returncode == 0, done.stderr

@@ -197,7 +197,11 @@ class EnvSettings:
 class RegistrySettings(EnvSettings):
     """The registry of bundles, and the cache of fetched content."""
 
-    registry: str = setting("location of the bundles: a folder path, or s3://BUCKET/PREFIX", "")
+    registry: str = setting(
+        "location of the bundles: a folder path, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or"
+        " hdfs://HOST:PORT/PATH",
+        "",
+    )
     s3_endpoint: str = setting(
         "URL of an S3 server other than AWS, e.g. http://minio:9000 (path-style); alias S3_ENDPOINT; "
         "fallbacks AWS_ENDPOINT_URL_S3, then AWS_ENDPOINT_URL",
@@ -212,9 +216,29 @@ class RegistrySettings(EnvSettings):
         same="S3_REGION",
         fallbacks=("AWS_REGION", "AWS_DEFAULT_REGION"),
     )
+    gcs_endpoint: str = setting(
+        "URL of a server with the XML API of Google Cloud Storage other than Google's; alias GCS_ENDPOINT; fallback"
+        " GOOGLE_BASE_URL",
+        "",
+        same="GCS_ENDPOINT",
+        fallbacks=("GOOGLE_BASE_URL",),
+    )
+    azure_account: str = setting(
+        "storage account of the container in az://CONTAINER; alias AZURE_ACCOUNT; fallback AZURE_STORAGE_ACCOUNT_NAME",
+        "",
+        same="AZURE_ACCOUNT",
+        fallbacks=("AZURE_STORAGE_ACCOUNT_NAME",),
+    )
+    azure_endpoint: str = setting(
+        "URL of the blob service where it is not https://ACCOUNT.blob.core.windows.net; alias AZURE_BLOB_ENDPOINT;"
+        " fallback AZURE_STORAGE_ENDPOINT",
+        "",
+        same="AZURE_BLOB_ENDPOINT",
+        fallbacks=("AZURE_STORAGE_ENDPOINT",),
+    )
     secrets_dir: str = setting(
-        "folder of OpenFaaS secrets; source of s3-access-key-id, s3-secret-access-key, hop-keys, recipient-key and"
-        " trusted-keys, if present",
+        "folder of OpenFaaS secrets; source of s3-access-key-id and s3-secret-access-key, gcs-service-account,"
+        " azure-account-key or azure-sas-token, hop-keys, recipient-key and trusted-keys, if present",
         "/var/openfaas/secrets",
     )
     trusted_keys: str = setting(
@@ -404,7 +428,7 @@ class SegmentSettings(FunctionSettings):
         # A baked segment is complete without a registry.
         if not self.registry and not self.segment_dir:
             raise SettingsError(
-                "the setting registry is missing: a folder's path, or s3://BUCKET/PREFIX",
+                "the setting registry is missing: a folder's path, or an address such as s3://BUCKET/PREFIX",
                 variable="registry",
                 hint="set registry in the function's environment; only a baked segment (segment_dir) needs none",
             )
@@ -508,7 +532,7 @@ class RouterSettings(SegmentSettings):
         (),
     )
     claims: str = setting(
-        "where the bodies of claim checks are: a folder or s3://BUCKET/PREFIX; empty refuses claim checks", ""
+        "where the bodies of claim checks are: a folder or an address, as of registry; empty refuses claim checks", ""
     )
     page: bool = setting(
         "whether browsers get a page at GET /, which sends photos along the model's routes, and one of the API at"

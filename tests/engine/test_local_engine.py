@@ -26,7 +26,7 @@ import urllib3
 from isthmus.errors import LocalError
 from isthmus_tools.engine import Engine, Event, supervisor
 from isthmus_tools.engine.credentials import PASSWORD_FILE
-from isthmus_tools.engine.replica import s3_keys
+from isthmus_tools.engine.replica import store_keys
 from support.local_stack import STACK, http, login_header, system, write_stack
 from support.patience import LONG_S, eventually
 
@@ -99,14 +99,15 @@ def test_a_function_gets_its_own_environment_and_not_the_engines(
     assert (Path(facts["cwd"]) / "function" / "common" / "words.py").is_file()
 
 
-def test_a_function_finds_the_s3_keys_where_commands_do(engine: Engine) -> None:
+def test_a_function_finds_the_stores_keys_where_commands_do(engine: Engine) -> None:
     env = http("GET", f"{engine.url}/function/echo/facts/x").json()["env"]
     files = {"AWS_CONFIG_FILE": "config", "AWS_SHARED_CREDENTIALS_FILE": "credentials"}
     for name, file in files.items():
         assert env[name] == os.environ.get(name, str(Path.home() / ".aws" / file))
     keys = {"AWS_ACCESS_KEY_ID": "K", "AWS_SECRET_ACCESS_KEY": "S", "AWS_CONFIG_FILE": "/c"}
-    assert s3_keys({**keys, "PYTHONPATH": "/p"}).items() >= keys.items()
-    assert s3_keys({**keys, "PYTHONPATH": "/p"}).keys() == keys.keys() | files.keys()
+    keys |= {"GOOGLE_APPLICATION_CREDENTIALS": "/g", "AZURE_STORAGE_ACCOUNT_KEY": "A", "HADOOP_USER_NAME": "h"}
+    assert store_keys({**keys, "PYTHONPATH": "/p"}).items() >= keys.items()
+    assert store_keys({**keys, "PYTHONPATH": "/p"}).keys() == keys.keys() | files.keys()
 
 
 def test_nobody_else_can_put_code_where_a_function_looks_for_it(engine: Engine) -> None:

@@ -14,7 +14,7 @@ import pytest
 from isthmus.errors import ConfigurationMalformed, ResultStoreUnavailable
 from isthmus.events.records import RecordStore
 from isthmus.events.stores.jetstream import JetStreamRecords
-from isthmus.events.stores.s3 import S3Records
+from isthmus.events.stores.objects import ObjectRecords
 from isthmus.events.stores.sqlite import SqliteRecords
 from isthmus.registry import RetryPolicy, S3Store
 from support.moto_server import REGION
@@ -22,6 +22,7 @@ from support.nats_server import NatsServer
 from support.ports import free_port
 from support.s3_server import KEY_ID, SECRET, S3Server, store_at, unique_prefix
 from support.s3_server import s3_server as s3_server
+from support.stores import make_remote
 
 HASTE = RetryPolicy(attempts=2, timeout_s=2)
 
@@ -35,7 +36,7 @@ def s3_store(endpoint: str, bucket: str) -> S3Store:
     return S3Store(bucket, "calls", endpoint=endpoint, region=REGION, key_id=KEY_ID, secret=SECRET, retry_policy=HASTE)
 
 
-@pytest.fixture(params=["sqlite", "s3", "jetstream"])
+@pytest.fixture(params=["sqlite", "s3", "jetstream", "gs", "az", "hdfs"])
 def records(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RecordStore]:
     store: RecordStore
     if request.param == "sqlite":
@@ -43,8 +44,10 @@ def records(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RecordSt
     elif request.param == "jetstream":
         server: NatsServer = request.getfixturevalue("nats_server")
         store = JetStreamRecords(f"{server.url}/{uuid4().hex}", keep_s=3600)
+    elif request.param != "s3":
+        store = ObjectRecords(make_remote(request.param, request))
     else:
-        store = S3Records(s3_store(request.getfixturevalue("moto_endpoint"), f"b{uuid4().hex}"))
+        store = ObjectRecords(s3_store(request.getfixturevalue("moto_endpoint"), f"b{uuid4().hex}"))
     yield store
     store.close()
 
@@ -121,10 +124,10 @@ def test_values_up_to_the_bound_come_back_as_they_were(records: RecordStore) -> 
 
 def test_a_server_that_ignores_conditions_is_refused(s3_server: S3Server) -> None:
     with pytest.raises(ConfigurationMalformed, match="does not enforce conditional writes"):
-        S3Records(store_at(s3_server.endpoint, unique_prefix(), retry_policy=HASTE))
+        ObjectRecords(store_at(s3_server.endpoint, unique_prefix(), retry_policy=HASTE))
 
 
 def test_a_server_that_is_away_is_unavailable() -> None:
     store = store_at(f"http://127.0.0.1:{free_port()}", retry_policy=HASTE)
     with pytest.raises(ResultStoreUnavailable):
-        S3Records(store)
+        ObjectRecords(store)

@@ -5,31 +5,27 @@ from __future__ import annotations
 import hashlib
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from isthmus.errors import ConditionsIgnored, Corrupt, Denied, Missing, RegistryError, RegistryUnavailable
 from isthmus.registry import BlobStore, FolderStore, Registry, S3Store
 from support.fake_bundles import make_bundle
-from support.moto_server import Moto
 from support.ports import free_port
 from support.s3_server import PATIENCE, S3Server, store_at, unique_prefix
+from support.stores import COMPARING, STORES, make_store
 
 
-@pytest.fixture(params=["folder", "s3_server"])
+@pytest.fixture(params=STORES)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
-    if request.param == "folder":
-        (tmp_path / "registry").mkdir()
-        return FolderStore(tmp_path / "registry")
-    return store_at(request.getfixturevalue(request.param).endpoint, unique_prefix())
+    return make_store(request.param, request, tmp_path)
 
 
-@pytest.fixture(params=["folder", "moto_s3"])
+@pytest.fixture(params=COMPARING)
 def comparing(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
     """Stores that enforce conditional writes."""
-    if request.param == "folder":
-        return FolderStore(tmp_path / "registry")
-    return store_at(request.getfixturevalue(request.param).endpoint, unique_prefix())
+    return make_store(request.param, request, tmp_path)
 
 
 def test_get_gives_what_was_put(store: BlobStore) -> None:
@@ -152,8 +148,11 @@ def test_of_many_that_compare_and_set_at_once_none_is_lost(comparing: BlobStore)
     assert comparing.get(key, max_bytes=99).split()[0] == b"18"
 
 
-def test_a_write_whose_response_was_lost_is_read_back(moto_s3: Moto) -> None:
-    store = store_at(moto_s3.endpoint, unique_prefix())
+@pytest.mark.parametrize("kind", COMPARING[1:])
+def test_a_write_whose_response_was_lost_is_read_back(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    store: Any = make_store(kind, request, tmp_path)
     replace, lose = store.replace, [True]
 
     def lossy(key: str, data: bytes, etag: str) -> str | None:
@@ -164,7 +163,7 @@ def test_a_write_whose_response_was_lost_is_read_back(moto_s3: Moto) -> None:
         lose.append(False)
         return result
 
-    store.replace = lossy  # type: ignore[method-assign]
+    store.replace = lossy
     assert store.put_if_match("models/m/aliases/prod", b"1", "") is True
     assert store.get("models/m/aliases/prod", max_bytes=9) == b"1"
 

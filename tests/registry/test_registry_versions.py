@@ -174,7 +174,7 @@ def test_open_registry_reads_the_secrets_folder(moto_s3: Moto, tmp_path: Path, f
     assert open_registry(settings).publish(fake.bundle, fake.files).version == "1"
 
 
-@pytest.mark.parametrize("place", ["gs://bucket/x", "s3://", "s3://bucket/../x"])
+@pytest.mark.parametrize("place", ["ftp://bucket/x", "s3://", "s3://bucket/../x"])
 def test_a_registry_of_no_known_kind_stops_the_start(place: str) -> None:
     with pytest.raises(SettingsError) as caught:
         open_registry(RegistrySettings(registry=place))

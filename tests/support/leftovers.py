@@ -22,6 +22,8 @@ import psutil
 import pytest
 
 from isthmus.registry import S3Store
+from isthmus.registry.cloud import CloudStore
+from isthmus.registry.hdfs import HdfsStore
 from isthmus.registry.lookups import Lookups
 from isthmus.routing.catalog import ModelCatalog
 from isthmus.routing.guard import Guard
@@ -30,6 +32,9 @@ from isthmus.serving.app import FunctionApp
 
 GRACE_S = 20.0
 """How long what was told to end may take; nothing waits where nothing is left."""
+
+LIBRARY_PORTS: set[int] = set()
+"""Ports of servers to which a library keeps connections for the process, and has no call that closes them."""
 
 _WIDE: set[str] = set()
 """Names of the fixtures of a wider scope than a test."""
@@ -94,7 +99,7 @@ class _Closables:
         return noting
 
 
-_CLOSABLES = _Closables(FunctionApp, Guard, Lookups, ModelCatalog, S3Store, SegmentStore)
+_CLOSABLES = _Closables(CloudStore, FunctionApp, Guard, HdfsStore, Lookups, ModelCatalog, S3Store, SegmentStore)
 
 
 class _Held:
@@ -192,9 +197,13 @@ def _after_grace(look: Callable[[], list[str]]) -> list[str]:
 
 
 def _sockets() -> set[str]:
-    """The sockets that this process has open, by inode."""
+    """The sockets that this process has open, by inode; without those that a library caches for the process."""
+    peers = ((each.fd, each.raddr) for each in psutil.Process().net_connections()) if LIBRARY_PORTS else ()
+    cached = {descriptor for descriptor, peer in peers if peer and peer[1] in LIBRARY_PORTS}
     found = set()
     for name in os.listdir("/proc/self/fd"):
+        if int(name) in cached:
+            continue
         try:
             target = os.readlink(f"/proc/self/fd/{name}")
         except OSError:  # closed meanwhile

@@ -107,7 +107,7 @@ class CallbackPlace(_Table, frozen=True, kw_only=True, tag="callback"):
 
 
 class ObjectPlace(_Table, frozen=True, kw_only=True, tag="objects"):
-    """A folder or s3://BUCKET/PREFIX; each result is an object, named by the message's id."""
+    """A folder, or objects at s3://, gs://, az:// or hdfs://; each result is an object, named by the message's id."""
 
     url: Text
 
@@ -126,7 +126,8 @@ class RouterTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class RecordsTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where states and results of calls are kept for `keep`: sqlite:PATH, nats://HOST:PORT/BUCKET or s3://BUCKET/PREFIX.
+    """Where states and results of calls are kept for `keep`: sqlite:PATH, nats://HOST:PORT/BUCKET, or objects at s3://,
+    gs://, az:// or hdfs://.
 
     Triggers that share a consumer share records too: SQLite is for a single machine.
     """
@@ -138,7 +139,7 @@ class RecordsTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class ClaimsTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The object store for bodies beyond a transport's limit: a folder or s3://BUCKET/PREFIX.
+    """The object store for bodies beyond a transport's limit: a folder, or an address at s3://, gs://, az:// or hdfs://.
 
     A body of more than `max_bytes` is refused; an object is removed `keep` after its write.
     """

@@ -23,7 +23,7 @@ from isthmus.events.configuration import (
     SqsPlace,
     where_of,
 )
-from isthmus.registry import BlobStore, FolderStore, open_blob_store, parse_address
+from isthmus.registry import FolderStore, RemoteStore, open_blob_store, parse_address
 from isthmus.settings import RegistrySettings
 
 # A NATS credentials file holds a token and a seed.
@@ -92,7 +92,7 @@ def open_publisher(place: Place, settings: RegistrySettings) -> Publisher:
     raise ConfigurationMalformed(f"no publisher for {where_of(place)}", where="results")
 
 
-def blob_store(url: str, settings: RegistrySettings, where: str) -> BlobStore:
+def blob_store(url: str, settings: RegistrySettings, where: str) -> FolderStore | RemoteStore:
     """The store at a URL; a folder is made where it is absent."""
     try:
         store = open_blob_store(url, replace(settings, registry=url))

@@ -1,4 +1,4 @@
-"""The interface of blob stores, and the address of a registry.
+"""The interface of blob stores.
 
 A store makes one attempt at each request and raises Isthmus errors only: `Missing`, `Denied`, `Corrupt` for truncated
 content, `RegistryUnavailable` for transient failures. `RetryPolicy` repeats single requests; methods of several
@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
 
-from isthmus.errors import ConditionsIgnored, Corrupt, Missing, RegistryError, RegistryMissing, SettingsError
+from isthmus.errors import ConditionsIgnored, Corrupt, Missing, RegistryError, RegistryMissing
 from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.retries import RetryBudget
 
@@ -44,7 +43,7 @@ class BlobStore(Protocol):
 
     @property
     def url(self) -> str:
-        """The name of this store in messages: a folder path, or s3://BUCKET/PREFIX."""
+        """The name of this store in messages: a folder path, or an address such as s3://BUCKET/PREFIX."""
         ...
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
@@ -135,6 +134,18 @@ class BlobStore(Protocol):
         ...
 
 
+class RemoteStore(BlobStore, Protocol):
+    """A store on a server, whose connections can be closed."""
+
+    def replace(self, key: str, data: bytes, tag: str) -> str | None:
+        """One attempt of `put_if_match`: the tag of what was stored, or None where the condition failed."""
+        ...
+
+    def close(self) -> None:
+        """Close idle connections."""
+        ...
+
+
 def probe_conditions(store: BlobStore, retry_policy: RetryPolicy) -> None:
     """Write to a key of this call's own with true and false conditions.
 
@@ -213,108 +224,3 @@ def ended_early(registry: str, key: str, got: int, expected: int) -> Corrupt:
     return Corrupt(
         f"{registry} gave {got} of {expected} bytes of {key}", registry=registry, blob=key, got=got, wanted=expected
     )
-
-
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-# A mistyped s3 address must not become a folder of that name.
-_NEARLY_S3 = re.compile(r"s3(//|\\)", re.IGNORECASE)
-# boto3 allows exactly this, apart from access point ARNs and `..`; servers other than AWS allow longer names than AWS.
-_BUCKET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
-# The region becomes a label of the AWS host name and a part of each signature.
-_REGION = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
-
-
-@dataclass(frozen=True)
-class Address:
-    """A folder path, or a bucket with the prefix of its keys, without slashes at either end."""
-
-    folder: str = ""
-    bucket: str = ""
-    prefix: str = ""
-
-
-def parse_address(text: str) -> Address:
-    """Parse the setting `registry`.
-
-    A leading `~` is the home directory, since a shell does not expand `--registry=~/models`. A folder name with a
-    leading `~`, or with a colon before the first slash, needs a leading `./`.
-
-    Raises:
-        SettingsError: neither a folder path nor s3://BUCKET/PREFIX; the message never repeats a user or password.
-    """
-    if not text.strip():
-        raise SettingsError(
-            "the setting registry is empty; it must be a folder's path or s3://BUCKET/PREFIX", variable="registry"
-        )
-    if not text.isprintable():
-        raise _refused(text, "it holds a control character")
-    scheme = _SCHEME.match(text)
-    if scheme is None:
-        if _NEARLY_S3.match(text):
-            raise _refused(text, "an address in S3 starts with s3://")
-        try:
-            return Address(folder=str(Path(text).expanduser()) if text.startswith("~") else text)
-        except RuntimeError as e:
-            raise _refused(text, "there is no user of that name; ./~… is a folder here") from e
-    if scheme[1].lower() != "s3":
-        raise _refused(text, "a server other than AWS is named by the setting s3_endpoint")
-    rest = text[scheme.end() :]
-    bucket, _, prefix = rest.removeprefix("//").partition("/")
-    if not rest.startswith("//") or not _BUCKET.fullmatch(bucket):
-        raise _refused(text, "s3:// is followed by a bucket's name")
-    prefix = prefix.strip("/")
-    try:
-        return Address(bucket=bucket, prefix=prefix and check_key(prefix))
-    except RegistryError as e:
-        raise _refused(text, str(e)) from e
-
-
-def check_endpoint(text: str) -> None:
-    """Refuse a malformed URL of an S3 server; an empty text is AWS or the endpoint of boto3's own configuration.
-
-    Raises:
-        SettingsError: no http:// or https:// URL, or a URL with a user, password or query (never repeated).
-    """
-    if not text:
-        return
-    try:
-        url = urlsplit(text)
-        good = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
-    except ValueError:
-        good = False
-    # Checked before the URL's form: the message for a malformed URL repeats the text, credentials included.
-    if "@" in text or "?" in text or "#" in text:
-        raise SettingsError(
-            "the setting s3_endpoint holds a user, a password or a query; it is a server's URL such as"
-            " http://minio:9000, and the keys are secrets",
-            variable="s3_endpoint",
-            hint="put s3-access-key-id and s3-secret-access-key in the setting secrets_dir",
-        )
-    if not good or not text.isprintable() or " " in text:
-        raise SettingsError(
-            f"the setting s3_endpoint is {text!r}; it must be a URL such as http://minio:9000",
-            variable="s3_endpoint",
-            value=text,
-        )
-
-
-def check_region(text: str) -> None:
-    """Refuse a malformed region; an empty text is boto3's own region, else us-east-1.
-
-    Raises:
-        SettingsError: not letters, digits and '-'.
-    """
-    if text and not _REGION.fullmatch(text):
-        raise SettingsError(
-            f"the setting s3_region is {text!r}; it must be a region such as eu-central-1",
-            variable="s3_region",
-            value=text,
-        )
-
-
-def _refused(text: str, why: str) -> SettingsError:
-    must = "it must be a folder's path or s3://BUCKET/PREFIX"
-    if "@" in text:
-        # The message goes to logs, and the part before '@' may be a password.
-        return SettingsError(f"the setting registry holds an '@'; {must}", variable="registry")
-    return SettingsError(f"the setting registry is {text!r}; {must}: {why}", variable="registry", value=text)

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import stamina
 
-from isthmus.errors import Corrupt, RegistryUnavailable
+from isthmus.errors import Corrupt, Missing, RegistryUnavailable
 from isthmus.retries import RetryBudget, backoff
 
 MAX_PARALLEL_REQUESTS = 4
@@ -62,6 +62,31 @@ class RetryPolicy:
         if budget is not None:
             budget.succeeded()
         return result
+
+    def conditional(
+        self, write: Callable[[], bool], is_ours: Callable[[], bool], budget: RetryBudget | None = None
+    ) -> bool:
+        """Whether a conditional write of this call was stored; `write` returns False where the condition failed.
+
+        An attempt whose response was lost may have been stored, and then the next attempt meets its own data:
+        `is_ours` reads back. Source: icechunk issue 2099.
+        """
+        lost = False
+
+        def attempt() -> bool:
+            nonlocal lost
+            try:
+                return write()
+            except (RegistryUnavailable, Corrupt):
+                lost = True
+                raise
+
+        if self(attempt, budget):
+            return True
+        try:
+            return lost and self(is_ours, budget)
+        except Missing:
+            return False
 
 
 def in_parallel(action: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:

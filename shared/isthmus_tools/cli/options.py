@@ -26,7 +26,7 @@ RegistryOption = Annotated[
     typer.Option(
         "--registry",
         envvar="ISTHMUS_REGISTRY",
-        help="Where bundles live: a folder, or s3://BUCKET/PREFIX.",
+        help="Where bundles live: a folder, s3://BUCKET/PREFIX, gs://…, az://… or hdfs://….",
     ),
 ]
 ModelArgument = Annotated[
@@ -137,13 +137,19 @@ def stack_variables(registry: str) -> dict[str, str]:
     from isthmus.registry import parse_address
 
     settings, folder = registry_settings(registry), parse_address(registry).folder
-    s3 = {"S3_ENDPOINT": settings.s3_endpoint, "S3_REGION": settings.s3_region}
+    servers = {
+        "S3_ENDPOINT": settings.s3_endpoint,
+        "S3_REGION": settings.s3_region,
+        "GCS_ENDPOINT": settings.gcs_endpoint,
+        "AZURE_ACCOUNT": settings.azure_account,
+        "AZURE_BLOB_ENDPOINT": settings.azure_endpoint,
+    }
     return {
         "ROUTER_EXEC_TIMEOUT": "605s",
         "ROUTER_WRITE_TIMEOUT": "610s",
         **os.environ,
         "ISTHMUS_REGISTRY": str(Path(folder).absolute()) if folder else registry,
-        **{name: text for name, text in s3.items() if text},
+        **{name: text for name, text in servers.items() if text},
     }
 
 

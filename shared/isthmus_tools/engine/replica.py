@@ -99,8 +99,8 @@ def _is_whole(text: str) -> bool:
 
 
 _INHERITED = ("PATH", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "SSL_CERT_FILE")
-_BOTO3_PREFIX = "AWS_"
-"""Prefix of boto3's variables: functions inherit the S3 keys of the engine."""
+_STORE_PREFIXES = ("AWS_", "GOOGLE_", "AZURE_", "HADOOP_", "KRB5")
+"""Prefixes of the stores' own variables: functions inherit the registry's credentials of the engine."""
 _OTEL_PREFIX = "OTEL_"
 """Prefix of OpenTelemetry's variables: one receiver takes the traces of all functions."""
 IMAGE_VARIABLES = {
@@ -181,7 +181,7 @@ class Replica:
                 # Not /tmp: any user may put a .local of packages there, and Python would import from it.
                 "HOME": str(self.deployment.folder.parent),
                 "PYTHONUSERBASE": site.getuserbase(),
-                **s3_keys(os.environ),
+                **store_keys(os.environ),
                 **{name: text for name, text in os.environ.items() if name.startswith(_OTEL_PREFIX)},
                 "OTEL_SERVICE_NAME": self.deployment.spec.name,
                 **IMAGE_VARIABLES,
@@ -259,13 +259,17 @@ class Replica:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def s3_keys(environ: Mapping[str, str]) -> dict[str, str]:
-    """boto3's variables in `environ`, and the paths of its files: HOME of a function is another folder."""
-    files = {"AWS_CONFIG_FILE": "config", "AWS_SHARED_CREDENTIALS_FILE": "credentials"}
+def store_keys(environ: Mapping[str, str]) -> dict[str, str]:
+    """The stores' variables in `environ`, and the paths of their files: HOME of a function is another folder."""
     paths = dict[str, str]()
     with contextlib.suppress(RuntimeError):  # a user without a home
-        paths = {name: str(Path.home() / ".aws" / file) for name, file in files.items()}
-    return paths | {name: text for name, text in environ.items() if name.startswith(_BOTO3_PREFIX)}
+        home = Path.home()
+        files = {"AWS_CONFIG_FILE": "config", "AWS_SHARED_CREDENTIALS_FILE": "credentials"}
+        paths = {name: str(home / ".aws" / file) for name, file in files.items()}
+        # Without the file the variable would be a mistake, and hide the instance's own credentials.
+        if (google := home / ".config" / "gcloud" / "application_default_credentials.json").is_file():
+            paths["GOOGLE_APPLICATION_CREDENTIALS"] = str(google)
+    return paths | {name: text for name, text in environ.items() if name.startswith(_STORE_PREFIXES)}
 
 
 def _free_port() -> int:

@@ -12,6 +12,7 @@ from secrets import token_hex
 from isthmus.errors import Denied, IsthmusError, SettingsError
 from isthmus.http.tls import files_of
 from isthmus.registry import open_blob_store, parse_address
+from isthmus.registry.addresses import STORE_SECRETS
 from isthmus.security.keyring import KeyringFile
 from isthmus.security.keys import SECRET, read_hop_keys
 from isthmus.settings import RegistrySettings
@@ -71,7 +72,7 @@ def secret_findings(settings: RegistrySettings) -> Iterator[SecurityFinding]:
 
 
 def registry_findings(settings: RegistrySettings) -> Iterator[SecurityFinding]:
-    """Whether the functions' keys may write to a registry in S3, tried by an object that is deleted again.
+    """Whether the functions' keys may write to a registry on a server, tried by an object that is deleted again.
 
     Raises:
         RegistryError: the registry does not answer.
@@ -81,8 +82,9 @@ def registry_findings(settings: RegistrySettings) -> Iterator[SecurityFinding]:
         text = "a registry in a folder: the rights of its files decide" if settings.registry else "no registry is named"
         yield unknown("registry-rights", "medium", settings.registry, text, "give functions a mount that is read-only")
         return
-    if not (Path(settings.secrets_dir) / "s3-access-key-id").is_file():
-        text = f"no copy of the functions' S3 keys in {settings.secrets_dir}"
+    names = STORE_SECRETS[parse_address(settings.registry).scheme]
+    if not any((Path(settings.secrets_dir) / name).is_file() for name in names):
+        text = f"no copy of the functions' keys in {settings.secrets_dir}"
         yield unknown("registry-rights", "medium", settings.registry, text, "name a folder with them by --secrets")
         return
     store = open_blob_store(settings.registry, replace(settings, registry_attempts=1, registry_timeout_s=5.0))

@@ -9,12 +9,12 @@ from isthmus.events.claims import ClaimStore
 from isthmus.events.configuration import ClaimsTable, RecordsTable
 from isthmus.events.open import blob_store, client_installed, secret_text
 from isthmus.events.records import RecordStore
-from isthmus.registry import S3Store
+from isthmus.registry import FolderStore
 from isthmus.settings import RegistrySettings
 
 
 def open_records(table: RecordsTable, settings: RegistrySettings) -> RecordStore:
-    """The store of calls: sqlite:PATH, nats://HOST:PORT/BUCKET or s3://BUCKET/PREFIX.
+    """The store of calls: sqlite:PATH, nats://HOST:PORT/BUCKET, or in objects (s3://, gs://, az://, hdfs://).
 
     Raises:
         ConfigurationMalformed: another URL. Others as `isthmus.events.assembly.open_trigger`.
@@ -28,14 +28,15 @@ def open_records(table: RecordsTable, settings: RegistrySettings) -> RecordStore
             from isthmus.events.stores.jetstream import JetStreamRecords
 
             return JetStreamRecords(table.url, float(table.keep), secret_text(table.credentials_secret, settings))
-        if table.url.startswith("s3://"):
-            from isthmus.events.stores.s3 import S3Records
+        if table.url.startswith(("s3://", "gs://", "az://", "hdfs://")):
+            from isthmus.events.stores.objects import ObjectRecords
 
             store = blob_store(table.url, settings, "records")
-            if isinstance(store, S3Store):
-                return S3Records(store)
+            if not isinstance(store, FolderStore):
+                return ObjectRecords(store)
     raise ConfigurationMalformed(
-        f"records.url is {table.url!r}; it is sqlite:PATH, nats://HOST:PORT/BUCKET or s3://BUCKET/PREFIX",
+        f"records.url is {table.url!r}; it is sqlite:PATH, nats://HOST:PORT/BUCKET, or a store of objects: s3://BUCKET/PREFIX,"
+        " gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or hdfs://HOST:PORT/PATH",
         where="records.url",
     )
 

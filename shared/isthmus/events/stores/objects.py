@@ -1,4 +1,4 @@
-"""Records as objects in S3, by conditional writes: a store that triggers on several machines share."""
+"""Records as objects, by conditional writes: a store that triggers on several machines share."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from uuid import uuid4
 
-from isthmus.errors import ConfigurationMalformed, Missing, RegistryError, RegistryMissing, ResultStoreUnavailable
+from isthmus.errors import (
+    ConditionsIgnored,
+    ConfigurationMalformed,
+    Missing,
+    RegistryError,
+    RegistryMissing,
+    ResultStoreUnavailable,
+)
 from isthmus.events.records import MAX_RECORD_BYTES, Stored
-from isthmus.registry import RetryPolicy, S3Store
+from isthmus.registry import RemoteStore, RetryPolicy
 
 _PREFIX = "records"
 # An ETag is a hash of the content on most servers: a nonce gives equal values different versions.
@@ -18,15 +25,15 @@ _NONCE_BYTES = 16
 _REMOVED = b""
 
 
-class S3Records:
-    """A `RecordStore` in a bucket that enforces conditional writes; see there for the methods.
+class ObjectRecords:
+    """A `RecordStore` in a store that enforces conditional writes; see there for the methods.
 
     Raises:
-        ConfigurationMalformed: the server ignores If-None-Match or If-Match, and would lose records.
+        ConfigurationMalformed: the server ignores conditions, and would lose records.
         ResultStoreUnavailable: the server does not answer.
     """
 
-    def __init__(self, store: S3Store, retry_policy: RetryPolicy | None = None) -> None:
+    def __init__(self, store: RemoteStore, retry_policy: RetryPolicy | None = None) -> None:
         self._store = store
         self._retry = retry_policy or RetryPolicy()
         self._check_conditions()
@@ -110,23 +117,17 @@ class S3Records:
         return [(e.key.removeprefix(f"{_PREFIX}/"), e.size, e.written.timestamp()) for e in entries]
 
     def _check_conditions(self) -> None:
-        """Write a probe against both conditions; a server that accepts the probe does not enforce conditions."""
-        key = f"_probe-{uuid4().hex}"
-        with self._translated():
-            first = self._replace(key, b"1", "")
-            enforced = (
-                first is not None
-                and self._replace(key, b"2", "") is None
-                and self._replace(key, b"3", '"00000000000000000000000000000000"') is None
-                and self._replace(key, b"4", first) is not None
-            )
-            self._store.delete(f"{_PREFIX}/{key}")
-        if not enforced:
+        try:
+            with self._translated():
+                self._store.require_conditions()
+        except ResultStoreUnavailable as e:
+            if not isinstance(e.__cause__, ConditionsIgnored):
+                raise
             raise ConfigurationMalformed(
                 f"{self.url} does not enforce conditional writes, so that two triggers could lose each other's records",
                 where="records.url",
                 hint="keep records in nats://HOST/BUCKET or sqlite:PATH",
-            )
+            ) from e
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

@@ -23,7 +23,7 @@ RUNTIME = {
     "codecs": {*BASE, "artifacts", "arrays", "processing"},
     "wire": {*BASE, "artifacts", "arrays", "codecs"},
     "http": {*BASE},
-    "security": {*BASE, "artifacts"},
+    "security": {*BASE, "artifacts", "http"},
     "registry": {*BASE, "artifacts", "arrays", "processing", "security"},
     "runtime": {*BASE, "artifacts", "arrays", "processing", "codecs", "wire", "registry"},
     "pipeline": {
@@ -98,6 +98,7 @@ HEAVY = {
     "safetensors": {"graph"},
     "cryptography": {"security"},
     "http_message_signatures": {"security"},
+    "joserfc": {"security"},
     "opentelemetry": {"serving"},
     "requests": {"serving"},
     "skimage": {"zoo"},

@@ -9,6 +9,7 @@ import pytest
 
 from isthmus.errors import SettingsError
 from isthmus.settings import (
+    AccessSettings,
     FunctionSettings,
     RegistrySettings,
     RouterSettings,
@@ -115,7 +116,7 @@ def shown(default: object) -> str:
 
 
 if __name__ == "__main__":  # prints docs/reference/settings.md's tables anew
-    for cls in (RegistrySettings, FunctionSettings, SegmentSettings, RouterSettings, TriggerSettings):
+    for cls in (RegistrySettings, AccessSettings, FunctionSettings, SegmentSettings, RouterSettings, TriggerSettings):
         print(f"\n## {cls.__name__}\n\n| variable | default | what |\n|---|---|---|")  # noqa: T201
         for f in fields(cls):
             if f.name in cls.__annotations__:

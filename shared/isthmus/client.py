@@ -22,6 +22,7 @@ from isthmus.codecs.raw import RAW
 from isthmus.context import Deadline
 from isthmus.errors import (
     HTTP_STATUS,
+    CallerUnauthenticated,
     ContextTooLong,
     HopRejected,
     HopTimeout,
@@ -58,6 +59,7 @@ _MAX_EVENT_BYTES = 2**20
 # OpenAI's own codes; other errors have the name of their class, as `error_code`.
 _OPENAI_CODES: Mapping[str, type[IsthmusError]] = {
     "context_length_exceeded": ContextTooLong,
+    "invalid_api_key": CallerUnauthenticated,
     "rate_limit_exceeded": Overloaded,
     "model_not_found": Missing,
 }

@@ -16,6 +16,8 @@ from typing import Protocol, Self
 from isthmus import units
 from isthmus.errors import DeadlineExceeded, RequestMalformed
 
+ROUTE_HEADER = "Isthmus-Route"
+"""The header of a request that names the only route that it may take."""
 # W3C Trace Context forbids version ff and all-zero ids.
 _TRACEPARENT = re.compile(
     r"(?!ff)([0-9a-f]{2})-((?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16})-([0-9a-f]{2})(-[!-~]{0,200})?"
@@ -133,7 +135,8 @@ class Context:
     """The identity and deadline of a request: OpenFaaS's X-Call-Id, W3C's traceparent and tracestate.
 
     `limits` are the moments at which hops are given up, by name: of hops that another route does without. `waits` is
-    whether a call waits for a function that is away. These, and `abandonment`, stay in this process.
+    whether a call waits for a function that is away. `caller` is the name of an authenticated caller, else empty.
+    These, and `abandonment`, stay in this process.
     """
 
     deadline: Deadline
@@ -143,6 +146,7 @@ class Context:
     limits: Mapping[str, Deadline] = field(default_factory=dict)
     waits: bool = True
     abandonment: Abandonment | None = None
+    caller: str = ""
 
     @property
     def trace_id(self) -> str:

@@ -86,6 +86,18 @@ class CallerUnknown(RequestError):
     """
 
 
+class CallerUnauthenticated(RequestError):
+    """A request has no API key or token that this function takes.
+
+    Facts: `reason` (`missing`, `not_configured`, `malformed`, `unknown`, `algorithm`, `signature`, `expired`,
+    `not_yet`, `issuer`, `audience`, `claims`).
+    """
+
+
+class CallerForbidden(RequestError):
+    """The caller lacks a role. Facts: `role`, `model` where it is about one."""
+
+
 class FrameError(RequestError):
     """A frame is unreadable. Facts: `rule`, the name of the broken rule in docs/reference/frame.md."""
 
@@ -310,6 +322,16 @@ class Overloaded(IsthmusError):
     public_message = ""
 
 
+class CallerLimited(Overloaded):
+    """The caller is beyond its own rate limit. Facts: `limit` (`requests`, `bytes`), `per_second`, `retry_after_s`."""
+
+
+class IssuerUnavailable(IsthmusError):
+    """The public keys of the tokens' issuer are not there: the function cannot tell whether a token is valid."""
+
+    public_message = "the keys of the tokens' issuer cannot be had now; try again"
+
+
 class NotReady(IsthmusError):
     """This function is still loading; retry after `retry_after_s`."""
 
@@ -402,6 +424,8 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     ProfilingOff: 403,
     ProfilingRefused: 403,
     CallerUnknown: 401,
+    CallerUnauthenticated: 401,
+    CallerForbidden: 403,
     FrameTooLarge: 413,
     FrameMalformed: 400,
     UnknownValue: 404,
@@ -448,6 +472,8 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     # A roll of functions under way, which ends: callers and queues come again.
     HopMismatch: 503,
     Overloaded: 429,
+    CallerLimited: 429,
+    IssuerUnavailable: 503,
     NotReady: 503,
     NotConfigured: 503,
     DeadlineExceeded: 504,

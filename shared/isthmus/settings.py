@@ -29,8 +29,8 @@ MAX_SECONDS = 7 * 86_400.0
 _HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]{1,80}", re.ASCII)
 # No URL holds this character unescaped (RFC 3986).
 _REPLICA_SEPARATOR = "|"
-# waitress drops these: clear_untrusted_proxy_headers.
-_DROPPED_HEADERS = ("x-forwarded-", "forwarded")
+# Gateways add these, and pass on what a caller has forged.
+_FORGED_HEADERS = ("x-forwarded-", "forwarded")
 # Sums and doubles of settings stay within 63 bits.
 _MAX_NUMBER = 2**62
 
@@ -269,7 +269,81 @@ class RegistrySettings(EnvSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FunctionSettings(RegistrySettings):
+class AccessSettings(RegistrySettings):
+    """Who may call a function: API keys of the secret `callers`, tokens of an issuer, or whoever the setting says."""
+
+    access: str = setting(
+        "who may call where neither the secret `callers` nor jwt_issuer names callers: `loopback`, requests of this"
+        " machine that came over no other host, and behind of-watchdog, where that cannot be known, nobody; or"
+        " `anyone`, who reaches the function. With callers, `anyone` lets requests without a key in too",
+        "loopback",
+    )
+    jwt_issuer: str = setting(
+        "issuer (claim iss) whose JSON web tokens are taken: RS256, ES256 or EdDSA; empty takes no tokens", ""
+    )
+    jwt_audience: str = setting("audience (claim aud) that tokens must name; required with jwt_issuer", "")
+    jwt_keys: str = setting(
+        "the issuer's public keys, a JSON web key set: a URL of https://, of http:// on this machine or in this"
+        " cluster, or the path of a file; required with jwt_issuer",
+        "",
+    )
+    jwt_clock_skew_s: float = setting(
+        "by how much a token's times may differ from this machine's clock, in seconds", 30.0, maximum=300
+    )
+    jwt_keys_refresh_s: float = setting(
+        "age at which the key set is fetched again, in seconds; a token with an unknown key id has it fetched earlier,"
+        " at most every 10 s",
+        300.0,
+        minimum=10,
+    )
+    jwt_keys_max_age_s: float = setting(
+        "age beyond which a key set that cannot be fetched again is not used, in seconds; requests with a token get 503"
+        " then",
+        86_400.0,
+        minimum=10,
+    )
+    jwt_caller_claim: str = setting("claim that names the caller", "sub")
+    jwt_roles_claim: str = setting(
+        "claim of the caller's roles, a list or a text with spaces: infer, pin, metrics, profile, administer; others"
+        " mean nothing. Dots lead into objects: realm_access.roles",
+        "roles",
+    )
+    jwt_models_claim: str = setting(
+        "claim of the models that the roles are for, a list or a text with spaces; empty means every model", ""
+    )
+    caller_requests_per_s: float = setting(
+        "requests per second of each caller without a limit of its own; 0 means no limit. Each replica counts alone",
+        0.0,
+    )
+    caller_bytes_per_s: int = setting("the same for bytes of request bodies", 0)
+    caller_burst_s: float = setting(
+        "how many seconds of its rates a caller may use at once, after a pause", 10.0, minimum=0.1, maximum=3600
+    )
+    fprocess: str = setting(
+        "of-watchdog's command, which is in the environment of every function image. Requests come from the watchdog"
+        " there, whoever sent them, so `access=loopback` lets nobody in",
+        "",
+    )
+
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether tokens of an issuer are taken."""
+        return bool(self.jwt_issuer)
+
+    def check(self) -> None:
+        super().check()
+        self._check_choice("access", "loopback", "anyone")
+        for name in ("jwt_audience", "jwt_keys"):
+            if bool(getattr(self, name)) != self.takes_tokens:
+                missing = name if self.takes_tokens else "jwt_issuer"
+                raise SettingsError(
+                    f"the setting {missing} is missing: jwt_issuer, jwt_audience and jwt_keys are set together",
+                    variable=missing,
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionSettings(AccessSettings):
     """What every function has: bounds on its requests, error responses, log."""
 
     max_concurrency: int = setting(
@@ -290,9 +364,9 @@ class FunctionSettings(RegistrySettings):
         True,
     )
     caller_header: str = setting(
-        "request header that names the caller, such as X-Caller or Authorization: callers take turns in the queue, and"
-        " none fills it alone. Name a header that a proxy sets or checks, as callers can forge others. Empty means that"
-        " all requests are of one caller",
+        "request header that names the caller where requests are not authenticated, such as X-Caller: callers take"
+        " turns in the queue, and none fills it alone. Name a header that a proxy sets or checks, as callers can forge"
+        " others. Empty means that all such requests are of one caller",
         "",
     )
     max_request_bytes: int = setting(
@@ -343,11 +417,10 @@ class FunctionSettings(RegistrySettings):
         super().check()
         self._check_choice("log_level", "debug", "info", "warning", "error")
         header = self.caller_header
-        if header and (not _HEADER_NAME.fullmatch(header) or header.lower().startswith(_DROPPED_HEADERS)):
-            # Of a header that never arrives, all requests would be of one caller, and nobody would notice.
+        if header and (not _HEADER_NAME.fullmatch(header) or header.lower().startswith(_FORGED_HEADERS)):
             raise SettingsError(
                 f"the setting caller_header is {header!r}; it is the name of a header such as X-Caller, and none of"
-                " Forwarded and X-Forwarded-…, which any caller can send and the server drops",
+                " Forwarded and X-Forwarded-…, which any caller can send and gateways pass on",
                 variable="caller_header",
                 value=header,
             )

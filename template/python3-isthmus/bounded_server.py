@@ -205,7 +205,8 @@ def serve(app: Callable[..., Any], listener: BoundedListener, limits: Limits, th
         asyncore_use_poll=True,  # select() ends at file descriptor 1023
         log_socket_errors=False,  # with a traceback for each client that has gone
         ident=None,
-        clear_untrusted_proxy_headers=True,
+        # The app sees them: they can be forged, and so only refuse (docs/how-to/callers.md).
+        clear_untrusted_proxy_headers=False,
     ).run()
 
 

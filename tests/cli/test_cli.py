@@ -39,6 +39,7 @@ COMMANDS = [
     "key",
     "sign",
     "redact",
+    "caller",
     "rollback",
     "rm",
     "gc",

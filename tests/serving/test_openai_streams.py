@@ -106,7 +106,7 @@ def test_openais_client_raises_an_error_in_the_middle(router: FlaskClient, scrip
 
     scripted(failing)
     http_client = httpx2.Client(transport=httpx2.WSGITransport(app=router.application))
-    with openai.OpenAI(base_url="http://router/v1", api_key="none", http_client=http_client) as client:
+    with openai.OpenAI(base_url="http://localhost/v1", api_key="none", http_client=http_client) as client:
         stream = client.completions.create(model="tiny", prompt="a", stream=True)
         assert next(stream).choices[0].text
         with pytest.raises(openai.APIError, match="cannot be reached"):
@@ -251,7 +251,7 @@ def test_a_client_that_reads_byte_by_byte_is_cut_off(tiny_decoder: PublishedDeco
     ended = tmp_path / "ended"
     settings = {"pause_s": "0", "ended_file": str(ended), "deadline_s": "1"}
     body = json.dumps({"prompt": "a", "stream": True}).encode()
-    head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     with language_router(tiny_decoder, tmp_path, handler=SLOW_HANDLER, **settings) as url, socket.socket() as s:
         # Little fits into the kernel's buffers, so that the server soon waits for its reader.
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -27,11 +27,13 @@ import time
 from flask import Response
 
 from isthmus.serving.app import FunctionApp
+from isthmus.serving.route_roles import Need
 from isthmus.settings import SegmentSettings
 
 
 def create_app():
-    app = FunctionApp("nap", SegmentSettings.from_env(os.environ), lambda: None)
+    needs = dict.fromkeys(("nap", "stream"), Need(is_open=True))
+    app = FunctionApp("nap", SegmentSettings.from_env(os.environ), lambda: None, needs)
 
     def nap(request):
         while True:

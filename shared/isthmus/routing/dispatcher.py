@@ -11,6 +11,7 @@ from functools import partial
 from msgspec import structs
 
 from isthmus.admission import describe_work
+from isthmus.context import ROUTE_HEADER as ROUTE_HEADER
 from isthmus.context import Context
 from isthmus.errors import HopError, RequestMalformed
 from isthmus.pipeline import Result
@@ -25,7 +26,6 @@ from isthmus.routing.served_versions import ServedVersions
 from isthmus.routing.state import ModelState, RouterState
 from isthmus.routing.warming import Warming
 
-ROUTE_HEADER = "Isthmus-Route"
 DEGRADED_HEADER = "Isthmus-Degraded"
 
 Attempt = Callable[[RouteCandidate, Context], Result]

@@ -5,22 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flask import Flask, Response, g, jsonify, request
 
 from isthmus.admission import MemoryBudget, Reservation, Slots
-from isthmus.context import CURRENT, Context, Deadline, working_on
+from isthmus.context import CURRENT, ROUTE_HEADER, Context, Deadline, working_on
 from isthmus.errors import IsthmusError, NotReady, SettingsError
 from isthmus.retries import log_retries
+from isthmus.serving.access import GRANT, Access, Grant, challenges
 from isthmus.serving.content_coding import compress, decompress
 from isthmus.serving.error_responses import ErrorRenderer
 from isthmus.serving.metrics import FunctionMetrics
 from isthmus.serving.request import FunctionRequest, Timings, caller_of, read_body
 from isthmus.serving.request_log import identify_requests, log_request
+from isthmus.serving.route_roles import TABLES, Need
 from isthmus.settings import FunctionSettings, wants_traces
 
 if TYPE_CHECKING:  # a function without traces never loads the SDK
@@ -100,7 +103,13 @@ class Readiness:
 class FunctionApp:
     """A Flask app, and the parts that its endpoints share."""
 
-    def __init__(self, name: str, settings: FunctionSettings, prepare: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: FunctionSettings,
+        prepare: Callable[[], None],
+        needs: Mapping[str, Need] | None = None,
+    ) -> None:
         self.flask = Flask(f"isthmus.{name}", static_folder=None)
         # Flask's place for such objects: whoever has the app can close it.
         self.flask.extensions["isthmus"] = self
@@ -119,6 +128,8 @@ class FunctionApp:
         )
         self._expose_admission()
         self._memory = MemoryBudget(settings.working_bytes)
+        self._access = Access(settings, TABLES[name] if needs is None else needs, self.log)
+        self._access.warn()
         self._errors = ErrorRenderer(self.log, expose_details=settings.expose_details)
         self.readiness = Readiness(prepare, self.log)
         self.closing = ExitStack()
@@ -179,6 +190,7 @@ class FunctionApp:
 
     def _handle(self, handle: Handle, user_of: Callable[[bytes | memoryview], str]) -> Response:
         context = Context.from_headers(request.headers, longest_s=self._longest_s)
+        context = replace(context, caller=g.grant.caller.name)
         if self.tracing is not None:
             route = request.url_rule.rule if request.url_rule is not None else ""
             g.span, context = self.tracing.begin(request.method, route, context, request.headers)
@@ -191,7 +203,7 @@ class FunctionApp:
             body = read_body(request.environ, self._settings.max_request_bytes)
             self.metrics.received.inc(len(body))
             memory.hold(len(body))
-            caller = caller_of(request.headers, self._settings.caller_header, partial(user_of, body))
+            caller = context.caller or caller_of(request.headers, self._settings.caller_header, partial(user_of, body))
             admitted = self.slots.admitted(context.deadline, caller=caller, work=_work(len(body)))
             g.timings.add("queue", held.enter_context(admitted))
             self.readiness.check()
@@ -225,8 +237,12 @@ class FunctionApp:
             yield context.deadline
 
     def _begin(self) -> None:
-        g.timings, g.context, g.error, g.span = Timings(), None, "", None
+        g.timings, g.context, g.error, g.span, g.grant = Timings(), None, "", None, None
         g.facts, g.reply_headers = {}, {}
+        # Before the body is looked at; the server has it in memory already.
+        pin = request.headers.get(ROUTE_HEADER, "")
+        g.grant = self._access.admit(request.environ, request.endpoint, request.args, pin)
+        GRANT.set(g.grant)
 
     def _failed(self, error: Exception) -> Response:
         g.error = type(error).__name__
@@ -238,6 +254,13 @@ class FunctionApp:
         context: Context | None = g.context
         response.headers.update(g.reply_headers)
         compress(response, request.headers.get("Accept-Encoding", ""))
+        grant: Grant | None = g.grant
+        if grant is not None:
+            response.headers.update(grant.headers)
+        if response.status_code == 401:
+            for challenge in challenges(request.headers, request.method):
+                response.headers.add("WWW-Authenticate", challenge)
+        self.metrics.count_caller("none" if grant is None else grant.caller.label, response.status_code)
         if context is not None:
             response.headers["Server-Timing"] = g.timings.header()
             response.headers["X-Call-Id"] = context.call_id
@@ -306,8 +329,9 @@ def _open_tracing(function: str, log: logging.Logger) -> Tracing | None:
 
 
 def _forget_context(_: BaseException | None) -> None:
-    """Keep the ids of a request out of the lines that its thread logs afterwards."""
+    """Keep the ids of a request out of the lines that its thread logs afterwards, and its caller out of others'."""
     CURRENT.set(None)
+    GRANT.set(None)
 
 
 def _work(body_bytes: int) -> str:

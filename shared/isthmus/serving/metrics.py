@@ -60,6 +60,12 @@ class FunctionMetrics:
             buckets=SECONDS,
             registry=r,
         )
+        self.caller_requests = Counter(
+            "isthmus_caller_requests",
+            "Responses by caller, by its name in the secret callers, `token`, `anyone` or `none`.",
+            ["caller", "outcome"],
+            registry=r,
+        )
         self.in_flight = Gauge("isthmus_requests_in_flight", "Requests being worked on.", registry=r)
         self.received = Counter("isthmus_received_bytes", "Bytes of request bodies.", registry=r)
         self.sent = Counter("isthmus_sent_bytes", "Bytes of response bodies.", registry=r)
@@ -104,6 +110,11 @@ class FunctionMetrics:
         self.sent.inc(size)
         for stage, seconds, _ in timings.stages:
             self.stage_seconds.labels(stage).observe(seconds)
+
+    def count_caller(self, caller: str, code: int) -> None:
+        """Count a response to a caller: served, refused (401, 403), limited (429) or failed."""
+        outcome = {401: "refused", 403: "refused", 429: "limited"}.get(code, "failed" if code >= 400 else "served")
+        self.caller_requests.labels(caller, outcome).inc()
 
     def count_looks(self, looks: LooksTaken) -> None:
         """Count the closer looks of a prediction."""

@@ -8,6 +8,7 @@ from isthmus.context import Deadline
 from isthmus.errors import RequestMalformed
 from isthmus.routing.candidates import ServedModel
 from isthmus.routing.catalog import ModelCatalog
+from isthmus.serving.access import may_see
 from isthmus.serving.api_bodies import (
     IndexEntryBody,
     IndexRequestBody,
@@ -44,6 +45,7 @@ class ModelList:
                     model.name == self._default,
                 )
                 for model in self._catalog.listing(self._names, deadline)
+                if may_see(model.name)
             ]
         )
 
@@ -64,6 +66,7 @@ class ModelList:
             if (model.name, version) in loaded
             else IndexEntryBody(model.name, version, "UNAVAILABLE", "the first request loads it")
             for model in self._catalog.listing(self._names, deadline)
+            if may_see(model.name)
             for version in model.versions
         ]
         return [entry for entry in entries if entry.state == "READY" or not request.ready]

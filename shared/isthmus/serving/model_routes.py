@@ -7,14 +7,29 @@ from flask import Response, jsonify
 from msgspec import structs
 
 import isthmus
+from isthmus.context import Deadline
 from isthmus.oip import messages as oip
-from isthmus.routing import CanaryTrials, Dispatcher, ModelCatalog
+from isthmus.routing import CanaryTrials, Dispatcher, ModelCatalog, ServedModel
 from isthmus.routing.state import RouterState
+from isthmus.serving.access import may_see, permit_model
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.metrics import hop_label
 from isthmus.serving.model_list import ModelList
 from isthmus.serving.request import FunctionRequest
 from isthmus.settings import RouterSettings
+
+
+class PermittedCatalog(ModelCatalog):
+    """The catalog of a router's routes: each request gets the models that its caller may use, however it names them."""
+
+    def get(self, reference: str, deadline: Deadline) -> ServedModel:
+        """As `ModelCatalog.get`.
+
+        Raises:
+            CallerForbidden: as `permit_model`, before the model is looked up.
+        """
+        permit_model(reference)
+        return super().get(reference, deadline)
 
 
 class ModelRoutes:
@@ -88,8 +103,8 @@ class StateRoute:
         return structs.replace(
             state,
             hops=tuple(structs.replace(hop, name=hop_label(self._settings, hop.name)) for hop in state.hops),
-            models=tuple(m for m in state.models if self._settings.tells_of(m.name)),
-            canaries=tuple(t for t in self._trials.states() if self._settings.tells_of(t.model)),
+            models=tuple(m for m in state.models if self._settings.tells_of(m.name) and may_see(m.name)),
+            canaries=tuple(t for t in self._trials.states() if self._settings.tells_of(t.model) and may_see(t.model)),
             limit=self._slots.limit,
             working=self._slots.working,
             queued=self._slots.queued,

@@ -25,6 +25,7 @@ from isthmus.serving.openai.embeddings import EmbeddingListBody, EmbeddingReques
 from isthmus.serving.openai.errors import OpenAIErrorBody
 from isthmus.serving.openai.models import OpenAIModelBody, OpenAIModelListBody
 from isthmus.serving.openai.requests import ChatRequestBody, CompletionRequestBody
+from isthmus.serving.route_roles import TABLES
 
 Errors = tuple[type[IsthmusError], ...]
 
@@ -33,6 +34,10 @@ LOOKUP: Errors = (
     *(errors.Missing, errors.RegistryError, errors.Denied, errors.NotGranted, errors.Corrupt, errors.Untrusted),
     errors.RegistryUnavailable,
     *(errors.RegistryMissing, errors.PlanMalformed, errors.PlanMismatch, errors.Overloaded, errors.DeadlineExceeded),
+)
+# What every route but those for probes fails with where the caller may not use it.
+_ACCESS: Errors = (
+    *(errors.CallerUnauthenticated, errors.CallerForbidden, errors.CallerLimited, errors.IssuerUnavailable),
 )
 # What every POST fails with before its handler runs.
 ADMISSION: Errors = (
@@ -271,6 +276,10 @@ def openapi_document(routes: Map, api: ApiDescription = ROUTER) -> dict[str, Any
             paths[re.sub("<(?:[a-z]+:)?([a-z_]+)>", r"{\1}", rule.rule)][method.lower()] = _operation(
                 rule, api.operations[rule.endpoint], schemas
             )
+    schemes = {
+        "bearer": {"type": "http", "scheme": "bearer", "description": "an API key or a token"},
+        "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
     return {
         "openapi": "3.1.0",
         "info": {
@@ -282,7 +291,9 @@ def openapi_document(routes: Map, api: ApiDescription = ROUTER) -> dict[str, Any
         # Behind a gateway the path is /function/NAME, which only the caller knows.
         "servers": [{"url": "."}],
         "paths": dict(paths),
-        "components": {"schemas": schemas.components},
+        # The empty one: a function without callers takes requests of its own machine.
+        "security": [{"bearer": []}, {"key": []}, {}],
+        "components": {"schemas": schemas.components, "securitySchemes": schemes},
     }
 
 
@@ -307,6 +318,7 @@ class _Schemas:
 
 
 def _operation(rule: Rule, operation: Operation, schemas: _Schemas) -> dict[str, Any]:
+    is_open = any(rule.endpoint in table and table[rule.endpoint].is_open for table in TABLES.values())
     parameters = [_parameter("path", name, _PATH[name], {"type": "string"}) for name in sorted(rule.arguments)]
     parameters += [_parameter("query", name, *_QUERY[name]) for name in operation.query]
     parameters += [_parameter("header", name, _HEADERS[name], {"type": "string"}) for name in operation.headers]
@@ -318,9 +330,11 @@ def _operation(rule: Rule, operation: Operation, schemas: _Schemas) -> dict[str,
                 "description": HTTPStatus(operation.status).phrase,
                 "content": schemas.content(operation.response),
             },
-            **_error_responses(operation, schemas),
+            **_error_responses(operation, schemas, () if is_open else _ACCESS),
         },
     }
+    if is_open:
+        document["security"] = []
     if parameters:
         document["parameters"] = parameters
     if operation.request is not None:
@@ -333,9 +347,9 @@ def _parameter(where: str, name: str, description: str, schema: Mapping[str, Any
     return {"in": where, "name": name, "description": description, "schema": schema, "required": where == "path"}
 
 
-def _error_responses(operation: Operation, schemas: _Schemas) -> dict[str, Any]:
+def _error_responses(operation: Operation, schemas: _Schemas, further: Errors) -> dict[str, Any]:
     types = defaultdict(set)
-    for cls in operation.errors:
+    for cls in (*operation.errors, *further):
         types[HTTP_STATUS[cls]].add(cls.__name__)
     types[500].add("InternalError")  # an unexpected error, of any route
     content = schemas.content({"application/json": operation.error})

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from flask import Response
 
 from isthmus.security.protected_call import CallFacts, CallProtection, open_protection, refuse_sealed
 from isthmus.serving.app import Handle
 from isthmus.serving.request import FunctionRequest
+from isthmus.serving.route_roles import SEGMENT, Need, without_hop_keys
 
-__all__ = ["open_protection", "protected"]
+__all__ = ["needs_with", "open_protection", "protected"]
+
+
+def needs_with(protection: CallProtection | None) -> Mapping[str, Need]:
+    """The roles of a segment function's routes."""
+    return SEGMENT if protection is not None else without_hop_keys(SEGMENT)
 
 
 def protected(protection: CallProtection | None, path: str, handle: Handle) -> Handle:

@@ -67,6 +67,11 @@ class FunctionRequest(NamedTuple):
     reply_headers: dict[str, str]
     facts: dict[str, str]
 
+    @property
+    def caller(self) -> str:
+        """The name of the authenticated caller; empty where the function is open."""
+        return self.context.caller
+
 
 def read_body(environ: Mapping[str, Any], limit: int) -> bytes | memoryview:
     """The request body from a WSGI environment, without a copy where the server's buffer is a BytesIO.

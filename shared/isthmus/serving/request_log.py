@@ -34,8 +34,9 @@ def identify_requests() -> None:
 
 
 def identity(context: Context) -> dict[str, str]:
-    """The ids of a request as facts."""
-    return {"call_id": context.call_id, "trace_id": context.trace_id}
+    """The ids of a request as facts, and its caller where that was authenticated."""
+    caller = {"caller": context.caller} if context.caller else {}
+    return {"call_id": context.call_id, "trace_id": context.trace_id, **caller}
 
 
 def log_request(log: logging.Logger, context: Context, status: int, facts: Mapping[str, object]) -> None:

@@ -14,7 +14,6 @@ from isthmus.routing import (
     Estimates,
     Guard,
     LinkProber,
-    ModelCatalog,
     RouteSelector,
     Warming,
     parse_override,
@@ -23,7 +22,7 @@ from isthmus.routing import (
 from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.inference_routes import InferenceRoutes
-from isthmus.serving.model_routes import ModelRoutes, StateRoute
+from isthmus.serving.model_routes import ModelRoutes, PermittedCatalog, StateRoute
 from isthmus.serving.openai.api import OpenAIApi
 from isthmus.serving.prediction import Predictor
 from isthmus.serving.preload import load_deadline, open_drafts, open_sessions, parse_entry, preload
@@ -66,7 +65,7 @@ class _RouterApp(FunctionApp):
         guard = Guard(settings.guard_share, routes.fidelity, self.metrics, self.log, deadline_s=settings.deadline_s)
         self._warming = Warming(hops, self.log)
         trials = CanaryTrials(self._registry, self.log)
-        self._catalog = ModelCatalog(self._registry, settings.refresh_s, self.log, routes, self._warming, trials)
+        self._catalog = PermittedCatalog(self._registry, settings.refresh_s, self.log, routes, self._warming, trials)
         dispatcher = MeasuredDispatcher(hops, estimates, self._warming, self.log, settings.fallback)
         dispatcher.tracing = self.tracing
         routing_metrics = RoutingMetrics(settings)

@@ -22,7 +22,7 @@ from isthmus.runtime.tables import Tables
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.preload import load_deadline, parse_entry, preload
 from isthmus.serving.profiling import Profiling
-from isthmus.serving.protected_routes import open_protection, protected
+from isthmus.serving.protected_routes import needs_with, open_protection, protected
 from isthmus.serving.request import FunctionRequest
 from isthmus.settings import SegmentSettings
 from isthmus.wire import frame as frames
@@ -71,14 +71,15 @@ class _SegmentApp(FunctionApp):
         self._turns = Turns(self._store.device.cpus)
         images = ImageMemory(settings.image_memory_bytes)
         self._tables = Tables(self._source.bundle, self._source.blob, settings.max_image_pixels, images)
-        super().__init__("segment", settings, self._prepare)
+        protection = open_protection(settings)
+        super().__init__("segment", settings, self._prepare, needs_with(protection))
         self._preload = settings.preload
         self.closing.callback(self._store.close)
         self.closing.callback(self._tables.close)
         self.metrics.gauge_store(self._sessions)
         self._store.share_memory(self._memory)
         self.slots.keep_at_least(self._sessions.room_for_batches)
-        protect = partial(protected, open_protection(settings))
+        protect = partial(protected, protection)
         self.post("/", protect("/", self.run), "run")
         self.post("/load", protect("/load", self.load), "load")
         self.post("/sessions/end", protect("/sessions/end", self.end_session), "end_session")

@@ -50,7 +50,8 @@ class VersionChoice:
 
     def _caller(self, request: FunctionRequest) -> str:
         """A name of the caller that stays from request to request; empty for none."""
-        return next((name for header in self._headers if (name := request.headers.get(header, ""))), "")
+        named = (name for header in self._headers if (name := request.headers.get(header, "")))
+        return request.caller or next(named, "")
 
     def _ended(self, ended: EndedRequest, status: int) -> None:
         """Count a request that got a version."""

@@ -44,6 +44,7 @@ COMMANDS = {
     "encrypt": "Encrypt a version in the registry: each recipient can read its segments, and nobody anything else.",
     "grant": "Let further recipients read segments of an encrypted version; nothing is encrypted again.",
     "revoke": "Remove a recipient's grant of an encrypted version: from now on the registry gives it no key.",
+    "caller": "Make an API key for a caller of functions, and the line of the secret `callers` that lets it in.",
     "chat": "Talk with a language model: tokens as they come, then their rate, bytes over the link, and each layer's"
     " place.",
     "infer": "Classify photos, or run tensors through a model.",

@@ -15,7 +15,13 @@ from isthmus.errors import error_code
 PATH = "/v1/"
 _RATE_LIMIT = "rate_limit_exceeded"
 # OpenAI's own codes; other errors have the name of their class.
-_CODES = {"ContextTooLong": "context_length_exceeded", "Overloaded": _RATE_LIMIT, "HopBusy": _RATE_LIMIT}
+_CODES = {
+    "ContextTooLong": "context_length_exceeded",
+    "CallerUnauthenticated": "invalid_api_key",
+    "CallerLimited": _RATE_LIMIT,
+    "Overloaded": _RATE_LIMIT,
+    "HopBusy": _RATE_LIMIT,
+}
 _MODEL_KINDS = ("model", "version", "alias")
 
 

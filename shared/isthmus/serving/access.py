@@ -35,7 +35,7 @@ _UNCONFIGURED = (
 
 
 @dataclass(frozen=True)
-class Grant:
+class AdmittedCaller:
     """An admitted request: its caller, the roles that it needs for its model, and headers of the caller's limits."""
 
     caller: Caller
@@ -48,7 +48,7 @@ class Grant:
         return self.caller is not EVERYONE
 
 
-GRANT: ContextVar[Grant | None] = ContextVar("grant", default=None)
+ADMITTED: ContextVar[AdmittedCaller | None] = ContextVar("grant", default=None)
 """Of the request that this thread works on; None outside of requests, where nothing is refused."""
 
 
@@ -58,7 +58,7 @@ def permit_model(reference: str) -> None:
     Raises:
         CallerForbidden: whether or not there is such a model.
     """
-    if (grant := GRANT.get()) is None:
+    if (grant := ADMITTED.get()) is None:
         return
     name = reference.partition(":")[0]
     for role in grant.roles:
@@ -68,7 +68,7 @@ def permit_model(reference: str) -> None:
 
 def may_see(name: str) -> bool:
     """Whether lists that this thread's request asks for have the model of that name."""
-    grant = GRANT.get()
+    grant = ADMITTED.get()
     return grant is None or all(grant.caller.may(role, name) for role in grant.roles)
 
 
@@ -100,7 +100,9 @@ class Access:
             return
         self._log.warning(text, extra={"facts": {"hint": _UNCONFIGURED}})
 
-    def admit(self, environ: Mapping[str, Any], endpoint: str | None, query: Mapping[str, str], pin: str) -> Grant:
+    def admit(
+        self, environ: Mapping[str, Any], endpoint: str | None, query: Mapping[str, str], pin: str
+    ) -> AdmittedCaller:
         """The grant of a request; `pin` is its header that names a route.
 
         Raises:
@@ -111,12 +113,12 @@ class Access:
         """
         need = self._table.get(endpoint or "")
         if need is not None and need.is_open:
-            return Grant(EVERYONE)
+            return AdmittedCaller(EVERYONE)
         headers = EnvironHeaders(environ)  # type: ignore[arg-type]
         credential = credential_of(headers)
         caller = self._caller(credential, environ, headers, need)
         if endpoint is None:  # of an unknown path those who may call are told
-            return Grant(caller)
+            return AdmittedCaller(caller)
         if need is None:
             raise CallerForbidden(f"the route {endpoint} has no row in the table of roles, so nobody may use it")
         is_pinned = bool(pin) or any(query.get(name) for name in need.pins)
@@ -126,9 +128,9 @@ class Access:
                 raise _forbidden(caller, role)
         limits = caller.limits or self._limits
         if limits is None or need.by_itself:
-            return Grant(caller, roles)
+            return AdmittedCaller(caller, roles)
         states = self._limiter.take(caller.name, limits, int(environ.get("CONTENT_LENGTH") or 0))
-        return Grant(caller, roles, rate_headers(states))
+        return AdmittedCaller(caller, roles, rate_headers(states))
 
     def _caller(self, credential: str, environ: Mapping[str, Any], headers: Headers, need: Need | None) -> Caller:
         if need is not None and need.by_itself:

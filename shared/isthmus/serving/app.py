@@ -17,7 +17,7 @@ from isthmus.admission import MemoryBudget, Reservation, Slots
 from isthmus.context import CURRENT, ROUTE_HEADER, Context, Deadline, working_on
 from isthmus.errors import IsthmusError, NotReady, SettingsError
 from isthmus.retries import log_retries
-from isthmus.serving.access import GRANT, Access, Grant, challenges
+from isthmus.serving.access import ADMITTED, Access, AdmittedCaller, challenges
 from isthmus.serving.content_coding import compress, decompress
 from isthmus.serving.error_responses import ErrorRenderer
 from isthmus.serving.metrics import FunctionMetrics
@@ -242,7 +242,7 @@ class FunctionApp:
         # Before the body is looked at; the server has it in memory already.
         pin = request.headers.get(ROUTE_HEADER, "")
         g.grant = self._access.admit(request.environ, request.endpoint, request.args, pin)
-        GRANT.set(g.grant)
+        ADMITTED.set(g.grant)
 
     def _failed(self, error: Exception) -> Response:
         g.error = type(error).__name__
@@ -254,7 +254,7 @@ class FunctionApp:
         context: Context | None = g.context
         response.headers.update(g.reply_headers)
         compress(response, request.headers.get("Accept-Encoding", ""))
-        grant: Grant | None = g.grant
+        grant: AdmittedCaller | None = g.grant
         if grant is not None:
             response.headers.update(grant.headers)
         if response.status_code == 401:
@@ -331,7 +331,7 @@ def _open_tracing(function: str, log: logging.Logger) -> Tracing | None:
 def _forget_context(_: BaseException | None) -> None:
     """Keep the ids of a request out of the lines that its thread logs afterwards, and its caller out of others'."""
     CURRENT.set(None)
-    GRANT.set(None)
+    ADMITTED.set(None)
 
 
 def _work(body_bytes: int) -> str:

@@ -23,7 +23,7 @@ from isthmus.runtime.codec_speed import speeds
 from isthmus.runtime.kernel_profile import KernelProfile
 from isthmus.runtime.store import SegmentStore
 from isthmus.security.callers import Role
-from isthmus.serving.access import GRANT
+from isthmus.serving.access import ADMITTED
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.request import FunctionRequest
 from isthmus.settings import SegmentSettings
@@ -123,7 +123,7 @@ class Profiling:
             ProfilingOff: this function has no token.
             ProfilingRefused: the request has none, or a different token.
         """
-        grant = GRANT.get()
+        grant = ADMITTED.get()
         if grant is not None and grant.is_authenticated and grant.caller.has(Role.PROFILE):
             return
         try:

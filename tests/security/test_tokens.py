@@ -6,7 +6,6 @@ import base64
 import hashlib
 import hmac
 import json
-import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -62,7 +61,7 @@ def settings(**given: Any) -> AccessSettings:
 
 def verifier(document: bytes | None = None, **given: Any) -> TokenVerifier:
     document = public(RSA, EC, ED) if document is None else document
-    return TokenVerifier(settings(**given), IssuerKeys(lambda: document, refresh_s=300, max_age_s=3600))
+    return TokenVerifier(settings(**given), IssuerKeys(lambda: document, refresh_s=300, max_age_s=3600), lambda: NOW)
 
 
 def verified(text: str, **given: Any) -> Caller:
@@ -158,7 +157,7 @@ def test_a_clock_that_is_off_is_told_by_how_much_and_a_bounded_skew_is_taken() -
     assert verified(token(nbf=NOW + 10, aud=["x", AUDIENCE])).name == "jwt:ann"
     with pytest.raises(CallerUnauthenticated) as caught:
         verified(token(exp=NOW - 3600))
-    assert re.search(r"says 3[6-9]\d\d s ago", caught.value.hint)
+    assert "says 3600 s ago" in caught.value.hint
     with pytest.raises(SettingsError, match="jwt_clock_skew_s"):
         settings(jwt_clock_skew_s=3600.0).check()
 

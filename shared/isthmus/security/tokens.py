@@ -48,7 +48,7 @@ class TokenVerifier:
     """Verifies the tokens of one issuer; thread-safe."""
 
     def __init__(self, settings: AccessSettings, keys: IssuerKeys, clock: Callable[[], float] = time.time) -> None:
-        self._settings, self._keys = settings, keys
+        self._settings, self._keys, self._clock = settings, keys, clock
         self._claims = jwt.JWTClaimsRegistry(
             now=lambda: int(clock()),
             leeway=int(settings.jwt_clock_skew_s),
@@ -79,16 +79,22 @@ class TokenVerifier:
         try:
             self._claims.validate(dict(claims))
         except ExpiredTokenError:
-            raise _refused("expired", "it has expired", hint=_clock_hint(claims.get("exp"))) from None
+            raise _refused("expired", "it has expired", hint=self._clock_hint(claims.get("exp"))) from None
         except ClaimError as e:
             claim = str(e.claim)
             if claim in ("nbf", "iat"):
-                hint = _clock_hint(claims.get(claim))
+                hint = self._clock_hint(claims.get(claim))
                 raise _refused("not_yet", "it is of the future", hint=hint) from None
             reason = {"iss": "issuer", "aud": "audience"}.get(claim, "claims")
             raise _refused(reason, f"its claim {claim} is missing, or not what this function takes") from None
         except (JoseError, ValueError, TypeError, OverflowError):
             raise _refused("claims", "its claims cannot be read") from None
+
+    def _clock_hint(self, moment: Any) -> str:
+        if isinstance(moment, bool) or not isinstance(moment, int | float):
+            return ""
+        off_s = moment - self._clock()
+        return f"the token says {abs(off_s):.0f} s {'ago' if off_s < 0 else 'from now'} by this machine's clock"
 
     def _caller(self, claims: Mapping[str, Any]) -> Caller:
         settings = self._settings
@@ -152,13 +158,6 @@ def _words(value: Any) -> frozenset[str]:
     """The texts of a list, or of a text with spaces; of anything else none."""
     words = value.split() if isinstance(value, str) else value if isinstance(value, list) else ()
     return frozenset(word for word in words if isinstance(word, str))
-
-
-def _clock_hint(moment: Any) -> str:
-    if isinstance(moment, bool) or not isinstance(moment, int | float):
-        return ""
-    off_s = moment - time.time()
-    return f"the token says {abs(off_s):.0f} s {'ago' if off_s < 0 else 'from now'} by this machine's clock"
 
 
 def _refused(reason: str, text: str, hint: str = "") -> CallerUnauthenticated:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from isthmus.artifacts.plan import Coding
 from isthmus_tools.cli import app
 from isthmus_tools.planner.publishing import publish_plan
-from support.bundles import Published, publish_photos
+from support.bundles import POSTPROCESS, PREPROCESS, Published, photos_model, publish_photos
 from support.face_detectors import fixed_detector
 from support.plans import candidate, plan_for
 
@@ -59,6 +59,27 @@ def test_a_plan_stays_in_force(photos: Published) -> None:
     publish_plan(photos.registry, photos.bundle, {}, plan_for(photos.bundle, chosen), alias="prod")
     document = json.loads(redact(photos, "--region", "0,0,0.5,0.5").stdout)
     assert (document["plan"], document["plan_dropped"]) == ("cloud-photo", False)
+
+
+def test_a_new_import_of_the_model_keeps_the_redaction(photos: Published, tmp_path: Path) -> None:
+    assert redact(photos, "--region", "0,0,0.5,0.5").exit_code == 0
+    for name, spec in (("preprocess", PREPROCESS), ("postprocess", POSTPROCESS | {"labels": None})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(spec))
+    model = photos_model(tmp_path / "again.onnx", seed=1)
+    command = ["import", str(model), "--name", "photos", "--registry", str(photos.folder)]
+    processing = [f"--{name}={tmp_path / name}.json" for name in ("preprocess", "postprocess")]
+    result = CliRunner().invoke(app, [*command, *processing])
+    assert result.exit_code == 0, result.stderr
+    assert "redacts as the version before: fills 0,0,0.5,0.5 of photos" in " ".join(result.stdout.split())
+    served = photos.registry.resolve("photos:prod")
+    assert served.version == "3"
+    assert served.bundle.redaction == photos.registry.resolve("photos:2").bundle.redaction
+    assert json.loads(redact(photos, "--remove").stdout)["redaction"] == "redacts nothing"
+    assert photos.registry.resolve("photos:prod").bundle.redaction is None
+    # A model of tensors has nothing that a region could be filled in.
+    assert redact(photos, "--region", "0,0,0.5,0.5").exit_code == 0
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert photos.registry.resolve("photos:prod").bundle.redaction is None
 
 
 def test_a_detector_of_ones_own_is_taken(photos: Published, tmp_path: Path) -> None:

@@ -192,6 +192,8 @@ def show_publication(publication: Publication, registry: str) -> None:
     if publication.plan:
         kept = "the plan was renewed for the new tables" if publication.renewed else "the plan stays in force"
         say(f"{kept}: {publication.plan}; to choose anew: isthmus plan {name} …")
+    if publication.redacts:
+        say(f"{name} redacts as the version before: {publication.redacts}; isthmus redact {version.name} changes it")
     if lost is not None:
         say(f"{name} has no plan: the plan before it ({lost.chosen}) is for another bundle")
     if publication.serving and not (publication.alias == "prod" and publication.serving == version.version):

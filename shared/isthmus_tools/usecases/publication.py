@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from isthmus.artifacts.bundle import Blob, Bundle
 from isthmus.artifacts.fidelity import Fidelity, read_fidelity
 from isthmus.artifacts.plan import Plan, read_plan
+from isthmus.artifacts.redaction import Redaction
 from isthmus.errors import CalibrationError, Missing, PlanMalformed, PlanMismatch
 from isthmus.registry import Registry, Resolved, Version, open_registry
 from isthmus.registry.aliases import check_alias
@@ -30,6 +33,7 @@ class Publication:
     `was` is the alias's earlier version, empty if there was none. `plan` names the choice of the version's plan;
     `renewed` says that the plan was adapted to new tables; `lost` is a plan that the version could not keep. `serving`
     is the version that requests without a version reach now, and `following` the command that usually follows.
+    `redacts` says what was carried over from the alias's version, which a new model's file knows nothing of.
     """
 
     version: Version
@@ -41,6 +45,7 @@ class Publication:
     renewed: bool = False
     serving: str = ""
     following: str = ""
+    redacts: str = ""
 
     def document(self) -> dict[str, Any]:
         """The alias and the plan, JSON-ready."""
@@ -53,6 +58,7 @@ class Publication:
             "plan_renewed": self.renewed,
             "serving": self.serving,
             "next": self.following,
+            "redaction_kept": self.redacts,
         }
 
 
@@ -85,19 +91,38 @@ def publish_version(
     *,
     before: Resolved | None = None,
     drop_plan: bool = False,
+    keeps_redaction: bool = True,
 ) -> Publication:
     """Publish a bundle without a plan of its own, made from the version `before` or from a model's file.
 
     The plan of `before`, else of the alias's version, is kept where still valid. Otherwise the version is
     published and the alias stays, unless `drop_plan`.
 
-    A plan with changed codec tables is renewed.
+    A plan with changed codec tables is renewed. A bundle that redacts nothing gets the redaction of the alias's
+    version, if `keeps_redaction`: requests must not lose that by a publication for another purpose.
 
     Raises:
         RegistryError: as `Registry.publish`.
     """
+    redacts = ""
+    serving = _serving(registry, bundle.name, alias) if keeps_redaction and bundle.redaction is None else None
+    if serving is not None and bundle.plan is None and (redaction := _suitable(bundle, serving.bundle.redaction)):
+        bundle, redacts = structs.replace(bundle, redaction=redaction), redaction.sentence()
     publication = _publish_version(registry, bundle, files, alias, before, drop_plan)
-    return with_next_command(registry, publication)
+    return replace(with_next_command(registry, publication), redacts=redacts)
+
+
+def _suitable(bundle: Bundle, redaction: Redaction | None) -> Redaction | None:
+    """The part of a redaction that concerns inputs of this bundle; None where nothing does."""
+    if redaction is None:
+        return None
+    of_photos, of_texts = bundle.preprocess is not None, bundle.text is not None or bundle.embedding is not None
+    part = Redaction(
+        redaction.faces if of_photos else None,
+        redaction.regions if of_photos else (),
+        redaction.patterns if of_texts else (),
+    )
+    return part if part.of_photos or part.patterns else None
 
 
 def with_next_command(registry: Registry, publication: Publication) -> Publication:

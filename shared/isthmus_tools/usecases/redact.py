@@ -27,7 +27,7 @@ from isthmus.runtime.face_detector import OrtFaceDetector
 from isthmus.settings import RegistrySettings
 from isthmus_tools.graph.face_detector import centerface
 from isthmus_tools.progress import Progress, silent
-from isthmus_tools.usecases.publication import Publication, publish_version
+from isthmus_tools.usecases.publication import Publication, publish_version, refuse_encrypted
 from isthmus_tools.zoo.models import FACE_DETECTOR
 
 
@@ -77,6 +77,7 @@ def redact(request: RedactRequest, progress: Progress = silent) -> RedactResult:
         check_alias(request.alias)
     store = open_registry(request.registry)
     model = store.resolve(request.model)
+    refuse_encrypted(store, model)
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
         redaction, files = (None, {}) if request.remove else _redaction(request, Path(folder), progress)
         if redaction is not None:
@@ -84,7 +85,9 @@ def redact(request: RedactRequest, progress: Progress = silent) -> RedactResult:
         # The plan is for the bundle before; publishing finds whether it suits this one.
         bundle = structs.replace(model.bundle, redaction=redaction, plan=None)
         progress("publishing")
-        publication = publish_version(store, bundle, files, request.alias, before=model, drop_plan=request.drop_plan)
+        publication = publish_version(
+            store, bundle, files, request.alias, before=model, drop_plan=request.drop_plan, keeps_redaction=False
+        )
     return RedactResult(publication, bundle)
 
 

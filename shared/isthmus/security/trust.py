@@ -26,7 +26,7 @@ from isthmus.security.keyring import Keyring, KeyringFile
 _MAX_VERIFIED = 256
 # Of several refusals the one that says most to its reader.
 _REASONS = ("revoked", "expired", "altered", "unknown_key", "not_signed")
-_SIGN = "sign it with a key that the function trusts: isthmus sign MODEL:VERSION --key FILE"
+_SIGN = "sign it with a key that the function trusts: isthmus sign MODEL:VERSION_OR_ALIAS --key FILE"
 _HINTS = {
     "not_signed": _SIGN,
     "unknown_key": f"{_SIGN}; or add the public key to the keyring: isthmus key trust KEYRING PUBLIC.pem",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from flask import Flask
 
@@ -17,8 +18,10 @@ from isthmus.artifacts.bundle import Blob, to_json
 from isthmus.errors import SettingsError, Untrusted
 from isthmus.registry import BakedSegment, FolderStore, Registry, SegmentCache, demanded_trust, open_registry
 from isthmus.registry.aliases import AliasSigner
+from isthmus.registry.collection import collect
 from isthmus.registry.registry import Resolved
 from isthmus.registry.source import SIGNATURES
+from isthmus.registry.versions import remove_version
 from isthmus.security.ed25519 import SigningKey
 from isthmus.security.keyring import KeyringDocument, TrustedKey
 from isthmus.security.keyring import to_json as keyring_json
@@ -267,6 +270,14 @@ def test_a_name_without_a_signed_alias_never_means_the_newest_version(signed: Si
     assert reason_of(lambda: signed.trusting_registry().resolve("photos")) == "not_signed"
 
 
+def test_nothing_is_published_for_a_signed_alias_that_moves_with_a_key_alone(signed: Signed) -> None:
+    signed.promote("1")
+    newer = msgspec.structs.replace(signed.photos.bundle, source={"note": "3"})
+    assert reason_of(lambda: signed.registry.publish(newer, {}, alias="prod")) == "not_signed"
+    assert [each.version for each in signed.registry.versions("photos")] == ["1", "2"]
+    assert signed.registry.publish(newer, {}).version == "3"
+
+
 def test_unsigned_aliases_are_not_listed(signed: Signed) -> None:
     assert signed.trusting_registry().aliases("photos") == {}
     signed.promote("1")
@@ -325,6 +336,15 @@ def test_the_signers_of_a_version_are_told_apart(signed: Signed) -> None:
         (signed.stranger.id, "unknown_key"),
         ("", "altered"),
     }
+
+
+def test_a_collection_removes_signatures_with_their_manifests(signed: Signed) -> None:
+    digests = [signed.version(number).digest for number in ("1", "2")]
+    for number in ("1", "2"):
+        signed.sign(number)
+    remove_version(signed.registry, "photos", "2")
+    collect(signed.registry, older_than_s=0)
+    assert [len(signed.registry.signatures.of(digest)) for digest in digests] == [1, 0]
 
 
 def test_manifests_become_bundles_in_one_place() -> None:

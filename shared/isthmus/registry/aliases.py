@@ -189,6 +189,19 @@ class Aliases:
             f"{name}:{alias} was moved by others for {_CONTEND_S:g} s", registry=self._store.url, blob=alias
         )
 
+    def refuse_signed(self, name: str, alias: str) -> None:
+        """Refuse an alias that moves with a key alone, before anything is published for it.
+
+        Raises:
+            Untrusted: the present document is signed.
+        """
+        try:
+            present = self._present(name, alias)
+        except RegistryMissing:
+            return  # a folder that the first publish makes
+        if present.is_signed and present.document.version is not None:
+            raise _unsigned_move(name, alias)
+
     def documents(self, name: str) -> Iterator[Alias]:
         """Every document of every alias of a model, removed aliases' too."""
         prefix = f"models/{name}/aliases/"
@@ -265,7 +278,7 @@ def _unsigned_move(name: str, alias: str) -> Untrusted:
         f"the alias {name}:{alias} is signed; moved without a key, functions that demand signatures would refuse it",
         reason="not_signed",
         model=f"{name}:{alias}",
-        hint="give the key: --sign-with FILE, or ISTHMUS_SIGN_WITH",
+        hint=f"move it with the key: isthmus promote {name} VERSION --as {alias} --sign-with FILE",
     )
 
 

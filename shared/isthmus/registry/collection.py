@@ -23,11 +23,12 @@ from isthmus.registry.leases import COLLECT_S, collect_lease
 from isthmus.registry.registry import Registry
 from isthmus.registry.retry_policy import in_parallel
 from isthmus.registry.sealed_content import GRANTS, SEALED, all_grants, grant_key, read_grant, sealed_key
+from isthmus.registry.signatures import SIGNATURES
 
 DAY_S = 86_400.0
 """Least age of removed content: longer than a publish takes and than a plan needs its staged candidates."""
 
-_BLOBS = ("blobs/sha256/", SEALED, GRANTS)
+_BLOBS = ("blobs/sha256/", SEALED, GRANTS, SIGNATURES)
 _DIGEST = re.compile(rb"sha256:[0-9a-f]{64}")
 
 
@@ -104,9 +105,15 @@ def _garbage(registry: Registry, now: datetime, older_than_s: float) -> Garbage:
     # The listing precedes the reading of versions: content published in between is reached, or is not in the list.
     entries = [entry for prefix in _BLOBS for entry in registry.store.entries(prefix)]
     reached = reachable(registry)
-    unreached = [entry for entry in entries if entry.key not in reached]
+    unreached = [entry for entry in entries if _lasting_key(entry.key) not in reached]
     old = [entry for entry in unreached if (now - entry.written).total_seconds() > older_than_s]
     return Garbage(tuple(old), tuple(entry for entry in unreached if entry not in set(old)))
+
+
+def _lasting_key(key: str) -> str:
+    """The key of the content that a key lasts as long as: of a signature, that of the signed manifest."""
+    parts = key.split("/")
+    return f"blobs/sha256/{parts[1]}" if key.startswith(SIGNATURES) else key
 
 
 def reachable(registry: Registry) -> set[str]:

@@ -107,10 +107,13 @@ class Registry:
             Missing: content neither in `files` nor in the registry, or the version was removed meanwhile.
             Corrupt: a file does not hash to its digest; no reference to earlier uploads exists.
             ConditionsIgnored: the store does not enforce conditional writes; nothing was written.
+            Untrusted: `alias` is signed, and so moves with a key alone; nothing was written.
         """
         if alias is not None:
             check_alias(alias)
         data = self._checked(bundle)
+        if alias is not None:
+            self._aliases.refuse_signed(bundle.name, alias)
         self._store.require_conditions()
         with publish_lease(self._store, self.retry_policy):
             self._upload(bundle, data, files)

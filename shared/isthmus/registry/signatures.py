@@ -18,6 +18,9 @@ from isthmus.security.dsse import MAX_ENVELOPE_BYTES
 # Whoever writes to the store chooses how many there are; an operator rotates among a few keys.
 MAX_ENVELOPES = 16
 
+SIGNATURES = "signatures/"
+"""Where the envelopes of manifests are in a registry."""
+
 
 class Signatures:
     """The envelopes in a store, under `signatures/<hex of the manifest's digest>/<key id>`."""
@@ -93,4 +96,4 @@ def write_envelopes(path: Path, envelopes: Sequence[bytes]) -> None:
 
 
 def _prefix(digest: str) -> str:
-    return f"signatures/{blob_key(digest).rpartition('/')[2]}/"
+    return f"{SIGNATURES}{blob_key(digest).rpartition('/')[2]}/"

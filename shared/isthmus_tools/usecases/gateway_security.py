@@ -63,7 +63,7 @@ def gateway_findings(
             yield probe.profiles()
             yield from probe.keys(protection)
         elif is_router(function):
-            yield probe.serves_strangers()
+            yield probe.serves_strangers(is_here=_is_here(gateway))
 
 
 class FunctionProbe:
@@ -121,12 +121,16 @@ class FunctionProbe:
             f"{self._name} refuses callers without a key",
         )
 
-    def serves_strangers(self) -> SecurityFinding:
-        """Whether the router takes a request of someone without credentials."""
+    def serves_strangers(self, *, is_here: bool) -> SecurityFinding:
+        """Whether the router takes a request of someone without credentials; on this machine it may take ours alone."""
+        is_closed = _is_closed(self._refusal("/", "image/png"))
+        if is_here and not is_closed:
+            text = "it serves this machine without credentials; whether it serves others cannot be seen from here"
+            return unknown("callers", "high", self._url, text, "name the gateway by an address of its network")
         return self._judge(
             "callers",
             "high",
-            not _is_closed(self._refusal("/", "image/png")),
+            not is_closed,
             "the router serves whoever reaches the gateway",
             "configure callers, or put an ingress before the gateway that authenticates",
             "the router refuses callers without credentials",
@@ -190,6 +194,10 @@ class FunctionProbe:
         return None
 
 
+def _is_here(gateway: str) -> bool:
+    return urlsplit(gateway).hostname in ("127.0.0.1", "localhost", "::1")
+
+
 def _is_closed(error: IsthmusError | None) -> bool:
     """Whether a refusal is for want of credentials: the function's own, or that of a proxy before it."""
     if isinstance(error, HopRejected):
@@ -206,7 +214,7 @@ def _transport(gateway: str, trust: TlsTrust, timeout_s: float) -> Iterator[Secu
         yield judged(
             "gateway-tls",
             "high",
-            [] if host in ("127.0.0.1", "localhost", "::1") else [gateway],
+            [] if _is_here(gateway) else [gateway],
             "requests and predictions travel readable, over http",
             "put TLS before the gateway: docs/how-to/tls.md",
             right=f"{gateway} is on this machine",

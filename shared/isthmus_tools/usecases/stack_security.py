@@ -83,13 +83,13 @@ def _hops(functions: list[FunctionSpec]) -> Iterator[SecurityFinding]:
 
 
 def _callers(functions: list[FunctionSpec]) -> SecurityFinding:
-    """Of functions that anybody's requests may reach; without a configuration none is served behind the watchdog."""
+    """Of functions that give every role to anybody; without a configuration none is served behind the watchdog."""
     return judged(
         "callers",
         "high",
-        [f.name for f in functions if f.environment.get("access") == "anyone" and not is_segment_function(f)],
+        [f.name for f in functions if f.environment.get("access") == "anyone"],
         "it serves whoever reaches the gateway: access is anyone",
-        "give callers keys, by the secret callers or by jwt_issuer, and leave access unset",
+        "give callers keys or tokens, and leave access unset: docs/how-to/callers.md",
         right="no function takes requests of anyone",
     )
 

@@ -219,6 +219,10 @@ class AliasMoved(RegistryError):
     """Somebody moved the alias first. Facts: `alias`, `counter` (of the present document), `expected`."""
 
 
+class StoreFull(RegistryError):
+    """The disk of a registry's folder is full. Facts: `registry`."""
+
+
 class CacheFull(RegistryError):
     """A segment exceeds the local cache, or the space on its disk. Facts: `cache_dir`, `bytes`, `limit`."""
 
@@ -452,6 +456,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     ConditionsIgnored: 502,
     AliasMoved: 409,
     # 507 tells callers that a retry is futile until an operator frees space.
+    StoreFull: 507,
     CacheFull: 507,
     ShapeMismatch: 400,
     ValueRefused: 400,

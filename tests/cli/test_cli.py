@@ -33,7 +33,12 @@ COMMANDS = [
     "cut",
     "models",
     "show",
-    "alias",
+    "publish",
+    "versions",
+    "promote",
+    "diff",
+    "pull",
+    "verify",
     "audit",
     "canary",
     "key",
@@ -122,7 +127,7 @@ HEAVY = (
                 ["models"],
                 ["models", "--json"],
                 ["show", "small-net"],
-                ["alias", "small-net:1", "prod"],
+                ["versions", "small-net"],
                 ["rollback", "small-net"],
                 ["rm", "small-net:1"],
             ],
@@ -210,8 +215,8 @@ def test_a_cut_adds_a_version_and_no_weights(registry: Path) -> None:
     assert sum(f.stat().st_size for f in registry.rglob("*") if f.is_file()) - weights < 20_000
     again = document(isthmus("cut", "small-net", "--cut", "1/3", "--default", "--registry", registry, "--json"))
     assert again["version"] == "2"
-    shown = document(isthmus("show", "small-net", "--registry", registry, "--json"))
-    assert [v["version"] for v in shown["versions"]] == ["1", "2"]
+    listed = document(isthmus("versions", "small-net", "--registry", registry, "--json"))
+    assert [(v["version"], v["ran"]) for v in listed["versions"]] == [("1", True), ("2", True)]
 
 
 def test_a_cut_by_tensors_can_be_named_and_made_the_default(registry: Path) -> None:

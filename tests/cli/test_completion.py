@@ -50,7 +50,7 @@ def complete(line: str, shell: str, registry: str) -> set[str]:
     [
         ("isthmus ro", {"rollback"}),
         ("isthmus to", {"top"}),
-        ("isthmus alias photos:1 ca", {"canary"}),
+        ("isthmus promote photos:1 --as ca", {"canary"}),
         ("isthmus infer --local --model ph", {"photos", "photos:1", "photos:canary", "photos:prod"}),
         ("isthmus cut photos --cut ", {"1", "3", "4", "6"}),
         ("isthmus package photos --cut 1/", {"1/3", "1/4", "1/6"}),

@@ -54,7 +54,7 @@ def test_a_cut_that_does_not_serve_names_its_version_in_the_next_command(photos:
 def test_a_planned_version_that_does_not_serve_is_followed_by_the_alias(photos: Published) -> None:
     publish_plan(photos.registry, photos.bundle, {}, plan_for(photos.bundle, candidate()))
     assert document(isthmus("show", "photos:2", "--registry", photos.folder, "--json"))["next"] == (
-        f"isthmus alias photos:2 prod --registry {photos.folder}"
+        f"isthmus promote photos:2 --as prod --registry {photos.folder}"
     )
 
 

@@ -97,10 +97,10 @@ def test_a_signed_alias_moves_with_a_key_alone(photos: Published, tmp_path: Path
     key = tmp_path / "release.pem"
     ask("key", "new", key)
     ask("sign", "photos", "--key", key, "--registry", photos.folder)
-    assert ask("alias", "photos:1", "prod", "--registry", photos.folder)["alias_moved"] is False
+    assert ask("promote", "photos:1", "--registry", photos.folder)["alias_moved"] is False
     photos.registry.publish(photos.bundle, {})
     other = publish_photos(tmp_path / "other", seed=7, registry=photos.folder)
-    refused = refusal(isthmus("alias", f"photos:{other.version}", "prod", "--registry", photos.folder, "--json"))
+    refused = refusal(isthmus("promote", f"photos:{other.version}", "--registry", photos.folder, "--json"))
     assert (refused["type"], refused["facts"]["reason"]) == ("Untrusted", "not_signed")
     assert "--sign-with" in refused["hint"]
 

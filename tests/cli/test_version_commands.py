@@ -1,4 +1,4 @@
-"""models, show, alias, rollback, rm and gc: what each says, and that none moves an alias silently."""
+"""models, show, promote, rollback, rm and gc: what each says, and that none moves an alias silently."""
 
 from __future__ import annotations
 
@@ -39,25 +39,27 @@ def test_models_has_one_row_a_model_and_says_what_serves(photos: Published) -> N
     assert "newer than what serves: photos:2" in text
 
 
-def test_show_takes_a_version_and_lists_the_others(photos: Published) -> None:
+def test_show_takes_a_version_and_versions_lists_all(photos: Published) -> None:
     shown = ask(photos, "show", "photos:2")
     assert (shown["version"], shown["serves"], shown["aliases"]) == ("2", False, [])
-    assert [(v["version"], v["serves"]) for v in shown["versions"]] == [("1", True), ("2", False)]
+    listed = ask(photos, "versions", "photos")
+    assert [(v["version"], v["serves"]) for v in listed["versions"]] == [("1", True), ("2", False)]
+    assert [(a["version"], a["counter"]) for a in listed["aliases"]["prod"]] == [("1", 1)]
     assert shown["next"] == f"isthmus calibrate photos:2 --data FOLDER --registry {photos.folder}"
     text = say(photos, "show", "photos")
     assert "takes x float32[1, 3, 8, 8]" in text
-    assert "→ 1" in text
+    assert "→ 1" in say(photos, "versions", "photos")
 
 
-def test_alias_and_rollback_say_from_what_to_what(photos: Published) -> None:
-    text = say(photos, "alias", "photos:2", "prod")
+def test_promote_and_rollback_say_from_what_to_what(photos: Published) -> None:
+    text = say(photos, "promote", "photos", "2", "--as", "prod")
     assert "prod means photos:2 now; it meant photos:1" in text
     assert "to go back: isthmus rollback photos" in text
     assert "routers that run follow within their setting refresh_s: 10 s" in text
-    assert "as before" in say(photos, "alias", "photos:2", "prod")
+    assert "as before" in say(photos, "promote", "photos", "2", "--as", "prod")
     back = ask(photos, "rollback", "photos")
     assert (back["version"], back["alias_was"]) == ("1", "2")
-    assert back["next"] == f"isthmus alias photos:2 prod --registry {photos.folder}"
+    assert back["next"] == f"isthmus promote photos:2 --as prod --registry {photos.folder}"
     assert photos.registry.resolve("photos").version == "1"
 
 

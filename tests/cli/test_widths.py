@@ -79,7 +79,7 @@ def shown(width: int, *arguments: object) -> str:
     [
         (["cuts", "{model}"], ["→", "Conv", "r1 float32", "8.2 kB"]),
         (["models"], ["photos", "split-6-transform-80-looks-2", "at 6"]),
-        (["show", "photos"], ["→ 3", "prod", "split-6-transform-80-looks-2", "at 6", "x float32[1, 3, 8, 8]"]),
+        (["show", "photos"], ["prod", "split-6-transform-80-looks-2", "at 6", "x float32[1, 3, 8, 8]"]),
         (["codec", "photos", "--all"], ["int8", "100.0", "offered"]),
         (
             ["explain", "photos"],
@@ -93,7 +93,9 @@ def shown(width: int, *arguments: object) -> str:
         ),
         (["gc"], ["that no version reaches"]),
         (["doctor"], ["onnxruntime", "faas-cli", "isthmus import adds models"]),
-        (["alias", "photos:3", "prod"], ["prod means photos:3"]),
+        (["versions", "photos"], ["→ 3", "prod", "yes"]),
+        (["diff", "photos:1", "3"], ["split-6-transform-80-looks-2", "agreement", "not measured"]),
+        (["promote", "photos:3"], ["prod means photos:3"]),
         (["infer", "{photo}", "--local", "--model", "photos"], ["no plan; nothing sent over the link", "ape"]),
         (["why", "{photo}", "--local", "--model", "photos", "--grid", "4"], ["photos:3", "parts hidden at the cut"]),
         (["infer", "--tensor", "x={array}", "--local", "--model", "photos"], ["logits", "[1, 5]"]),

@@ -28,6 +28,13 @@ class Moto:
         return f"http://127.0.0.1:{self.port}"
 
 
+class _Silent(MotoRequestHandler):
+    """Without a line on standard error for each request."""
+
+    def log_request(self, *_: object) -> None:
+        pass
+
+
 @contextmanager
 def moto() -> Iterator[Moto]:
     """A server for as long as the block lasts."""
@@ -40,7 +47,7 @@ def moto() -> Iterator[Moto]:
         with writing:
             return list(app(environ, start_response))
 
-    server = make_server("127.0.0.1", 0, one_write_at_a_time, threaded=True, request_handler=MotoRequestHandler)
+    server = make_server("127.0.0.1", 0, one_write_at_a_time, threaded=True, request_handler=_Silent)
     thread = threading.Thread(target=server.serve_forever, name="moto")
     thread.start()
     try:

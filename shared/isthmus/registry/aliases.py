@@ -181,7 +181,7 @@ class Aliases:
             if signer is None and present.is_signed and wanted.version is not None:
                 raise _unsigned_move(name, alias)
             after = self._after(before, wanted, moved_by, signer)
-            if self._swap(present, after, signer):
+            if self._swap(present, after, _bytes_of(after, signer)):
                 self._log.moved(after, before.number)
                 return Move(before, after)
             time.sleep(random.uniform(0, _PAUSE_S))  # noqa: S311 - writers shall not meet again, nothing is secret
@@ -201,6 +201,33 @@ class Aliases:
             return  # a folder that the first publish makes
         if present.is_signed and present.document.version is not None:
             raise _unsigned_move(name, alias)
+
+    def mirror(self, source: Aliases, name: str, alias: str) -> None:
+        """Take over the document of an alias of another registry, byte for byte, with its counter.
+
+        Raises:
+            AliasMoved: the document here has a higher counter.
+            Missing: `source` has no such alias.
+            RegistryUnavailable: somebody else moved the alias here meanwhile.
+        """
+        theirs, ours = source._present(name, alias), self._present(name, alias)
+        if not theirs.tag:
+            source.get(name, alias)
+        if theirs.data == ours.data:
+            return
+        if theirs.document.counter <= ours.document.counter and ours.tag:
+            raise AliasMoved(
+                f"{name}:{alias} in {self._store.url} is at move {ours.document.counter}, and in {source._store.url} at"
+                f" {theirs.document.counter}",
+                hint="promote the version in one of the two",
+                registry=self._store.url,
+                alias=f"{name}:{alias}",
+                counter=ours.document.counter,
+                expected=theirs.document.counter,
+            )
+        if not self._swap(ours, theirs.document, theirs.data):
+            raise RegistryUnavailable(f"{name}:{alias} moved meanwhile", registry=self._store.url, blob=alias)
+        self._log.moved(theirs.document, ours.document.number)
 
     def documents(self, name: str) -> Iterator[Alias]:
         """Every document of every alias of a model, removed aliases' too."""
@@ -253,14 +280,11 @@ class Aliases:
             None if signer is None else signer.until(moved_at),
         )
 
-    def _swap(self, present: _Stored, after: Alias, signer: AliasSigner | None) -> bool:
+    def _swap(self, present: _Stored, after: Alias, data: bytes) -> bool:
         name, alias, counter = after.name, after.alias, present.document.counter
         if present.tag:
             # Whoever sees this document stores the same bytes, so that no condition is needed here.
             self._retry(lambda: self._store.put(_place(name, alias, counter), present.data))
-        data = documents.to_json(after)
-        if signer is not None:
-            data = sign(data, ALIAS_TYPE, [signer.key])
         swapped = self._store.put_if_match(f"models/{name}/aliases/{alias}", data, present.tag)
         if swapped and counter >= MAX_HISTORY:
             with suppress(RegistryError):
@@ -271,6 +295,11 @@ class Aliases:
         prefix = _place(name, alias, "")
         texts = [key.removeprefix(prefix) for key in self._store.list(prefix)]
         return [int(text) for text in texts if text.isascii() and text.isdecimal()]
+
+
+def _bytes_of(document: Alias, signer: AliasSigner | None) -> bytes:
+    data = documents.to_json(document)
+    return data if signer is None else sign(data, ALIAS_TYPE, [signer.key])
 
 
 def _unsigned_move(name: str, alias: str) -> Untrusted:

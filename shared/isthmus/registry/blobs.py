@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from isthmus.errors import ConditionsIgnored, Corrupt, Missing, RegistryError, RegistryMissing
+from isthmus.errors import ConditionsIgnored, Corrupt, Missing, RegistryError, RegistryMissing, StoreFull
 from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.retries import RetryBudget
 
@@ -211,6 +211,16 @@ def conditions_ignored(registry: str) -> ConditionsIgnored:
         f"{registry} does not compare before it writes, so that two publishers could lose one another's version",
         registry=registry,
         hint="publish to a folder, or to a server with conditional writes (AWS, MinIO, R2, Ceph); reading works here",
+    )
+
+
+def store_full(registry: str, key: str) -> StoreFull:
+    """The error for a full disk; what was begun is removed."""
+    return StoreFull(
+        f"the disk of {registry} is full; {key} was not written",
+        registry=registry,
+        blob=key,
+        hint="free space there (isthmus gc lists content that no version reaches), then run the same command again",
     )
 
 

@@ -7,6 +7,7 @@ without an entry, which the next collection appends: versions and aliases' docum
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from isthmus.artifacts.alias import Alias
@@ -15,6 +16,8 @@ from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.security.audit import AuditLog, local_user
 
 PUBLISH, PROMOTE, ROLLBACK, REMOVE_ALIAS, REMOVE, COLLECT = "publish", "promote", "rollback", "rm alias", "rm", "gc"
+SETTLED_S = 60.0
+"""An entry follows its move within milliseconds; this is longer than any retry of the append."""
 _MOVES = (PROMOTE, ROLLBACK, REMOVE_ALIAS)
 
 
@@ -40,21 +43,22 @@ class ChangeLog:
         """Content that nothing reaches was removed; units: `size` in bytes."""
         self._append(who, COLLECT, {"blobs": blobs, "bytes": size})
 
-    def recover(self, versions: Iterable[tuple[str, str, str]], documents: Iterable[Alias]) -> int:
+    def recover(
+        self, versions: Iterable[tuple[str, str, str]], documents: Iterable[Alias], settled_s: float = SETTLED_S
+    ) -> int:
         """Append the entries that killed writers left out; returns their count.
 
-        `versions` are models' names, numbers and digests, `documents` those of all aliases and their histories.
+        `versions` are models' names, numbers and digests, `documents` those of all aliases and their histories; moves
+        of the last `settled_s` seconds are left to their writers.
         """
-        published, moved = set[tuple[str, str]](), set[tuple[str, str, int]]()
+        before = datetime.now(UTC) - timedelta(seconds=settled_s)
+        published, moved = set[tuple[str, str]](), set[tuple[str, str, str]]()
         for entry in self._log.entries():
             facts = entry.facts
             if entry.what == PUBLISH:
                 published.add((str(facts.get("model")), str(facts.get("version"))))
             elif entry.what in _MOVES:
-                counter = facts.get("counter")
-                moved.add(
-                    (str(facts.get("model")), str(facts.get("alias")), counter if isinstance(counter, int) else 0)
-                )
+                moved.add((str(facts.get("model")), str(facts.get("alias")), str(facts.get("counter"))))
         count = 0
         for name, version, digest in versions:
             if (name, version) not in published:
@@ -62,7 +66,8 @@ class ChangeLog:
                 self._append("", PUBLISH, facts)
                 count += 1
         for document in documents:
-            if document.counter and (document.name, document.alias, document.counter) not in moved:
+            settled = document.moved_at is not None and document.moved_at <= before
+            if settled and (document.name, document.alias, str(document.counter)) not in moved:
                 self._append(document.moved_by, _kind(document), {**_facts(document), "recovered": True})
                 count += 1
         return count

@@ -6,6 +6,7 @@ Calls are bounded in time, since a share may hang; files are staged under a lock
 from __future__ import annotations
 
 import builtins
+import errno
 import fcntl
 import hashlib
 import os
@@ -29,6 +30,7 @@ from isthmus.registry.blobs import (
     ended_early,
     missing_blob,
     missing_registry,
+    store_full,
     too_long,
 )
 from isthmus.registry.retry_policy import RetryPolicy
@@ -157,7 +159,7 @@ def _remove_if_abandoned(path: Path) -> None:
         os.close(descriptor)
 
 
-_STAGING, _LOCKS = ".staging", ".locks"
+_STAGING, _LOCKS, _PULLS = ".staging", ".locks", ".pulls"
 _MIN_BYTES_PER_S = 2**20
 """A slower read or write counts as hanging."""
 
@@ -243,6 +245,20 @@ class FolderStore:
         keys = self.list(prefix)
         return self._retry(lambda: self._calls(lambda: self._entries(keys), self._retry.timeout_s, prefix))
 
+    def adopt(self, key: str, path: Path) -> None:
+        """Rename a file of the same disk into place."""
+        target = self._path(key)
+        with self._errors(key):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o644)
+            os.replace(path, target)
+            _sync_folder(target.parent)
+
+    @property
+    def pulls(self) -> Path:
+        """The folder of files that a pull fetches; no key is there."""
+        return self._root / _PULLS
+
     def _bounded(self, call: Callable[[], T], key: str, size: int = 0) -> T:
         return self._calls(call, self._retry.try_s + size / _MIN_BYTES_PER_S, key)
 
@@ -307,7 +323,7 @@ class FolderStore:
             return sorted(
                 (Path(parent) / name).relative_to(self._root).as_posix()
                 for parent, _, names in os.walk(folder)
-                if not any(Path(parent).is_relative_to(self._root / own) for own in (_STAGING, _LOCKS))
+                if not any(Path(parent).is_relative_to(self._root / own) for own in (_STAGING, _LOCKS, _PULLS))
                 for name in names
             )
 
@@ -364,6 +380,8 @@ class FolderStore:
                 hint="give this process's user the right to read (and, to publish, to write) the folder",
             ) from e
         except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise store_full(self.url, key) from e
             raise RegistryUnavailable(f"{self.url} failed for {key}: {e}", registry=self.url, blob=key) from e
 
 

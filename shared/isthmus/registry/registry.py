@@ -275,6 +275,28 @@ class Registry:
         self._undo_if_withdrawn(move, signer)
         return move
 
+    def mirror(self, source: Registry, version: Version, alias: str = "") -> None:
+        """Take over a version of another registry with its number, and an alias's document; the content is here.
+
+        Raises:
+            RegistryError: the number means another bundle here, or was removed.
+            As `Aliases.mirror`.
+        """
+        name, number, digest = version.name, version.version, version.digest
+        key, budget = f"models/{name}/versions/{number}", self.retry_policy.budget()
+        if number in self._removed(name):
+            raise RegistryError(f"{name}:{number} was removed from {self.url}", registry=self.url)
+        if self._store.put_if_absent(key, digest.encode(), budget):
+            self.changes.published("", name, number, digest)
+        elif (present := self._digest(name, number)) != digest:
+            raise RegistryError(
+                f"{name}:{number} in {self.url} is {present[:19]}…, and in {source.url} {digest[:19]}…",
+                registry=self.url,
+                hint="isthmus publish --to gives it a number of its own",
+            )
+        if alias:
+            self._aliases.mirror(source._aliases, name, alias)
+
     def remove_aliases(self, name: str, *, moved_by: str = "") -> None:
         """Remove all aliases of a model. Their counters go on, should the model get aliases again."""
         for alias in self._aliases.all(name):

@@ -9,6 +9,7 @@ import typer
 from isthmus_tools.cli.completion import complete_aliases, complete_models
 from isthmus_tools.cli.console import FOLLOWING, errors, print_json, say, say_command
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
+from isthmus_tools.cli.promote import move_document
 
 
 def rollback(
@@ -29,19 +30,9 @@ def rollback(
         move = roll_back(open_registry(registry_settings(registry)), model, alias)
         # Not by rollback: another one goes further back.
         after, was = move.after, move.before.number
-        undo = in_registry(f"isthmus alias {after.name}:{was} {after.alias}", registry)
+        undo = in_registry(f"isthmus promote {after.name}:{was} --as {after.alias}", registry)
         if as_json:
-            print_json(
-                {
-                    "name": after.name,
-                    "alias": after.alias,
-                    "version": after.number,
-                    "counter": after.counter,
-                    "alias_was": was,
-                    "alias_moved": True,
-                    "next": undo,
-                }
-            )
+            print_json({"name": after.name, **move_document(move), "next": undo})
             return
         say(f"{after.alias} means {after.name}:{after.number} again; it meant {after.name}:{was}")
         say(FOLLOWING)

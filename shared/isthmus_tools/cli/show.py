@@ -1,4 +1,4 @@
-"""`isthmus show`: a version of a model, and the model's other versions."""
+"""`isthmus show`: a version of a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 from isthmus.units import format_size
 from isthmus_tools.cli.completion import complete_models
-from isthmus_tools.cli.console import errors, print_json, say, say_command, table
+from isthmus_tools.cli.console import errors, print_json, say, say_command
 from isthmus_tools.cli.encrypt import grant_document, show_grants
 from isthmus_tools.cli.importing import embedding_text, tensor_documents
 from isthmus_tools.cli.models import cuts_text
@@ -26,46 +26,29 @@ def show(
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
-    """Show a version of a model: its inputs, cuts, calibration and plan, and the model's other versions.
+    """Show a version of a model: its inputs, cuts, calibration and plan.
+
+    `isthmus versions NAME` lists the others.
 
     Example: `isthmus show efficientnet-lite0:2`
     """
     from isthmus.registry import open_registry
     from isthmus_tools.usecases.encryption import list_grants
-    from isthmus_tools.usecases.versions import list_versions, next_command, summarise
+    from isthmus_tools.usecases.versions import next_command, summarise
 
     with errors(as_json):
         store = open_registry(registry_settings(registry))
         version = summarise(store, model)
-        versions = list_versions(store, version.name)
         following = in_registry(next_command(store, f"{version.name}:{version.version}"), registry)
         grants = list_grants(store, version.digest, version.bundle)
         if as_json:
             shown = {**_document(version), "grants": [grant_document(grant) for grant in grants]}
-            print_json({**shown, "versions": [_document(v) for v in versions], "next": following})
+            print_json({**shown, "next": following})
             return
         _show(version)
         if grants:
             say("encrypted:")
             show_grants(grants)
-        table(
-            f"versions of {version.name}",
-            ["version", "aliases", "published", "calibrated", "plan", "default cuts"],
-            [
-                (
-                    f"→ {v.version}" if v.serves else v.version,
-                    ", ".join(v.aliases),
-                    f"{v.published.astimezone():%Y-%m-%d %H:%M}",
-                    cuts_text(v.calibrated),
-                    v.plan or "none",
-                    "/".join(v.bundle.default_cuts),
-                )
-                for v in versions
-            ],
-            numbers=["version"],
-            drop=["default cuts", "published"],
-        )
-        say("→ serves requests without a version")
         say_command("next", following)
 
 
@@ -87,6 +70,7 @@ def _document(version: VersionSummary) -> dict[str, Any]:
         "calibrated": list(version.calibrated),
         "plan": version.plan,
         "redaction": "" if bundle.redaction is None else bundle.redaction.sentence(),
+        "ran": version.ran,
     }
 
 

@@ -95,7 +95,13 @@ def calibrate(request: CalibrateRequest, progress: Progress = silent) -> Calibra
         else:
             calibrated = _calibrate(request, settings, store, model, cuts, Path(folder), progress)
         publication = publish_version(
-            store, calibrated.bundle, calibrated.files, request.alias, before=model, drop_plan=request.drop_plan
+            store,
+            calibrated.bundle,
+            calibrated.files,
+            request.alias,
+            settings=request.registry,
+            before=model,
+            drop_plan=request.drop_plan,
         )
     return CalibrateResult(publication, calibrated)
 

@@ -73,7 +73,17 @@ def cut(request: CutRequest, progress: Progress = silent) -> CutResult:
             extend = _extension(model.bundle)
             bundle, files = extend(model.bundle, whole.path, request.cuts, Path(folder), default=request.default)
         progress("publishing")
-        publication = publish_version(store, bundle, files, request.alias, before=model, drop_plan=request.drop_plan)
+        publication = publish_version(
+            store,
+            bundle,
+            files,
+            request.alias,
+            settings=request.registry,
+            before=model,
+            drop_plan=request.drop_plan,
+            # Cuts between layers have no dry run.
+            dry_run=model.bundle.text is None and model.bundle.embedding is None,
+        )
     new = sorted(bundle.segments.keys() - model.bundle.segments.keys())
     return CutResult(publication, bundle, new, findings(bundle, model.bundle))
 

@@ -115,5 +115,5 @@ def draft(request: DraftRequest, progress: Progress = silent) -> DraftResult:
             exits[cut] = Exit(segment, agreement.agreement)
             agreements.append(agreement)
         extended = structs.replace(bundle, exits=tuple(exits.values()))
-        publication = publish_version(registry, extended, files, request.alias, before=model)
+        publication = publish_version(registry, extended, files, request.alias, settings=request.registry, before=model)
     return DraftResult(publication, agreements, sum(len(each.tokens) - each.start for each in written))

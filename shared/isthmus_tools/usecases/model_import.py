@@ -106,7 +106,9 @@ def import_model(request: ImportRequest, progress: Progress = silent) -> Publica
         )
         request.inputs.check_free({spec.name: spec for spec in bundle.inputs})
         progress(f"publishing {name} to {request.registry.registry}")
-        return publish_version(store, bundle, files, request.alias, drop_plan=request.drop_plan)
+        return publish_version(
+            store, bundle, files, request.alias, settings=request.registry, drop_plan=request.drop_plan, dry_run=True
+        )
 
 
 def _import_text_model(
@@ -134,7 +136,12 @@ def _import_text_model(
         bundle, files = build_bundle(name, Path(folder), cuts=request.cuts, progress=progress)
         progress(f"publishing {name} to {request.registry.registry}")
         return publish_version(
-            open_registry(request.registry), bundle, files, request.alias, drop_plan=request.drop_plan
+            open_registry(request.registry),
+            bundle,
+            files,
+            request.alias,
+            settings=request.registry,
+            drop_plan=request.drop_plan,
         )
 
 

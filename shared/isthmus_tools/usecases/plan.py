@@ -94,7 +94,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
             candidate_set, candidates, request.conditions, request.objective, request.constraints, request.prices
         )
         # The files outlive this call: the result removes the files.
-        return PlanResult(best, candidate_set, store, files.pop_all())
+        return PlanResult(best, candidate_set, store, request.registry, files.pop_all())
 
 
 def _profiles(request: PlanRequest, progress: Progress) -> Mapping[str, Profile]:

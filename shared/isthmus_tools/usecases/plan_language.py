@@ -79,7 +79,7 @@ def plan_language_model(
     plan = language_plan(
         candidate_set, candidates, request.conditions, request.objective, request.constraints, request.prices
     )
-    return PlanResult(plan, candidate_set, store, contextlib.ExitStack())
+    return PlanResult(plan, candidate_set, store, request.registry, contextlib.ExitStack())
 
 
 def _cut(

@@ -61,6 +61,7 @@ class PlanResult:
     plan: Plan
     candidate_set: CandidateSet | LanguageCandidates
     registry: Registry
+    settings: RegistrySettings
     _files: contextlib.ExitStack
 
     def publish(self, alias: str = "prod") -> Publication:
@@ -69,7 +70,7 @@ class PlanResult:
         Raises:
             RegistryError: the alias is malformed, or the registry cannot be written.
         """
-        return publish_candidate(self.registry, self.candidate_set, self.plan, alias)
+        return publish_candidate(self.registry, self.settings, self.candidate_set, self.plan, alias)
 
     @property
     def graph_candidates(self) -> CandidateSet:

@@ -23,6 +23,7 @@ from isthmus.units import format_duration, format_rate
 from isthmus_tools.planner.candidates import CandidateSet
 from isthmus_tools.planner.language_candidates import LanguageCandidates
 from isthmus_tools.planner.publishing import carry_over, publish_plan, renew
+from isthmus_tools.usecases.segment_runs import run_new_segments
 from isthmus_tools.usecases.versions import next_command, serving_version
 
 
@@ -89,9 +90,11 @@ def publish_version(
     files: Mapping[str, Path],
     alias: str,
     *,
+    settings: RegistrySettings,
     before: Resolved | None = None,
     drop_plan: bool = False,
     keeps_redaction: bool = True,
+    dry_run: bool = False,
 ) -> Publication:
     """Publish a bundle without a plan of its own, made from the version `before` or from a model's file.
 
@@ -99,15 +102,19 @@ def publish_version(
     published and the alias stays, unless `drop_plan`.
 
     A plan with changed codec tables is renewed. A bundle that redacts nothing gets the redaction of the alias's
-    version, if `keeps_redaction`: requests must not lose that by a publication for another purpose.
+    version, if `keeps_redaction`: requests must not lose that by a publication for another purpose. Segments that
+    have never run are run first, by `settings` of the registry; with `dry_run` those of `files` ran when the bundle
+    was built.
 
     Raises:
+        ModelError: a segment does not run; nothing was published.
         RegistryError: as `Registry.publish`.
     """
     redacts = ""
     serving = _serving(registry, bundle.name, alias) if keeps_redaction and bundle.redaction is None else None
     if serving is not None and bundle.plan is None and (redaction := _suitable(bundle, serving.bundle.redaction)):
         bundle, redacts = structs.replace(bundle, redaction=redaction), redaction.sentence()
+    run_new_segments(registry, settings, bundle, files, dry_run=dry_run)
     publication = _publish_version(registry, bundle, files, alias, before, drop_plan)
     return replace(with_next_command(registry, publication), redacts=redacts)
 
@@ -179,7 +186,11 @@ def _publish_version(
 
 
 def publish_candidate(
-    registry: Registry, candidate_set: CandidateSet | LanguageCandidates, plan: Plan, alias: str
+    registry: Registry,
+    settings: RegistrySettings,
+    candidate_set: CandidateSet | LanguageCandidates,
+    plan: Plan,
+    alias: str,
 ) -> Publication:
     """Publish a plan as its model's next version, and the int8 variant, if any, as a model of its own.
 
@@ -192,7 +203,9 @@ def publish_candidate(
     serving = _serving(registry, bundle.name, alias)
     # First, since the plan names the variant's digest.
     if variant is not None:
+        run_new_segments(registry, settings, variant.bundle, variant.files)
         registry.publish(variant.bundle, variant.files)
+    run_new_segments(registry, settings, bundle, candidate_set.files)
     version = publish_plan(registry, bundle, candidate_set.files, plan, alias=alias or None)
     was = serving.version if serving is not None else ""
     return with_next_command(registry, Publication(version, alias, was, moved=bool(alias)))

@@ -86,7 +86,14 @@ def redact(request: RedactRequest, progress: Progress = silent) -> RedactResult:
         bundle = structs.replace(model.bundle, redaction=redaction, plan=None)
         progress("publishing")
         publication = publish_version(
-            store, bundle, files, request.alias, before=model, drop_plan=request.drop_plan, keeps_redaction=False
+            store,
+            bundle,
+            files,
+            request.alias,
+            settings=request.registry,
+            before=model,
+            drop_plan=request.drop_plan,
+            keeps_redaction=False,
         )
     return RedactResult(publication, bundle)
 

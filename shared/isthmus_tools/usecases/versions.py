@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
+from isthmus.artifacts.alias import Alias
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.fidelity import read_fidelity
 from isthmus.artifacts.plan import Plan, read_plan
 from isthmus.errors import CalibrationError, Missing, NotGranted, PlanMalformed, PlanMismatch
 from isthmus.registry import Registry
 from isthmus.registry.aliases import PROD
+from isthmus.registry.run_records import never_run
 from isthmus.registry.versions import published_at
 from isthmus_tools.usecases.language import LanguageFacts, language_facts
 
@@ -26,7 +28,8 @@ class VersionSummary:
     """A version of a model.
 
     `calibrated` are the cuts with measured codecs; `plan` is the choice of its plan, empty for none. Either is
-    UNREADABLE where so. `serves` says whether requests without a version reach it.
+    UNREADABLE where so. `serves` says whether requests without a version reach it, `ran` whether each of its segments
+    was loaded and run.
     """
 
     name: str
@@ -38,6 +41,7 @@ class VersionSummary:
     calibrated: tuple[str, ...]
     plan: str
     bundle: Bundle
+    ran: bool
 
     @property
     def language(self) -> LanguageFacts | None:
@@ -97,6 +101,7 @@ def summarise(registry: Registry, reference: str) -> VersionSummary:
         _calibrated(registry, found.bundle),
         _plan_name(registry, found.bundle),
         found.bundle,
+        not never_run(registry, found.bundle),
     )
 
 
@@ -107,6 +112,18 @@ def list_versions(registry: Registry, name: str) -> list[VersionSummary]:
         Missing: unknown model.
     """
     return [summarise(registry, f"{name}:{version.version}") for version in registry.versions(name)]
+
+
+def list_aliases(registry: Registry, name: str) -> dict[str, list[Alias]]:
+    """The documents of each alias of a model, newest first.
+
+    Raises:
+        Missing: unknown model.
+    """
+    return {
+        alias: [registry.alias(name, alias), *registry.alias_history(name, alias)]
+        for alias in sorted(registry.aliases(name))
+    }
 
 
 def serving_version(registry: Registry, name: str) -> str:
@@ -131,7 +148,7 @@ def next_command(registry: Registry, reference: str) -> str:
     version = summarise(registry, reference)
     name = version.name if version.serves else f"{version.name}:{version.version}"
     if (version.bundle.text or version.bundle.embedding) is not None and not version.plan:
-        return f"isthmus up --model {name}" if version.serves else f"isthmus alias {name} {PROD}"
+        return f"isthmus up --model {name}" if version.serves else f"isthmus promote {name} --as {PROD}"
     if not version.calibrated and not version.plan:
         # The photos of installed packages suit a model from a package; another model needs inputs of its own kind.
         ready = "packages" in version.bundle.source
@@ -139,7 +156,7 @@ def next_command(registry: Registry, reference: str) -> str:
     if not version.plan or version.plan == UNREADABLE:
         return f"isthmus plan {name} --uplink 10mbit --rtt 20ms --local"
     if not version.serves:
-        return f"isthmus alias {name} {PROD}"
+        return f"isthmus promote {name} --as {PROD}"
     # Functions follow the alias; `isthmus package` is for functions without a registry.
     return f"isthmus up --model {name}"
 

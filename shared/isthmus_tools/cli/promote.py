@@ -1,0 +1,96 @@
+"""`isthmus promote`: let a name such as prod mean a version that was run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from isthmus_tools.cli.completion import complete_aliases, complete_models
+from isthmus_tools.cli.console import FOLLOWING, errors, print_json, run, say, say_command
+from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, Tensors, in_registry, registry_settings
+
+if TYPE_CHECKING:
+    from isthmus.registry.aliases import Move
+
+
+def promote(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="NAME:VERSION, or NAME:ALIAS for what another alias means.", autocompletion=complete_models
+        ),
+    ],
+    version: Annotated[str, typer.Argument(help="The version, where MODEL is a name alone.")] = "",
+    *,
+    alias: Annotated[
+        str, typer.Option("--as", help="The alias to move, such as prod or live.", autocompletion=complete_aliases)
+    ] = "prod",
+    expect: Annotated[
+        int | None,
+        typer.Option(help="Move only if the alias's counter is still this one; see `isthmus versions`.", min=0),
+    ] = None,
+    tensor: Tensors = None,
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    as_json: AsJson = False,
+) -> None:
+    """Let an alias mean a version from now on; prod is what requests without a version reach.
+
+    Segments that have never been loaded and run are run first.
+
+    Example: `isthmus promote efficientnet-lite0 7 --as prod`
+    """
+    from isthmus_tools.cli.inputs import read_tensors
+    from isthmus_tools.usecases import publish as use_case
+
+    with errors(as_json):
+        request = use_case.PromoteRequest(
+            # A reference, as every other command takes it.
+            model=f"{model}:{version}" if version else model,
+            registry=registry_settings(registry),
+            alias=alias,
+            expected=expect,
+            arrays=read_tensors(tensor),
+        )
+        result = run(use_case.promote, request, quiet=as_json)
+        undo = undo_command(result.move, registry)
+        if as_json:
+            ran = {each.segment: round(each.seconds, 3) for each in result.runs}
+            print_json({"name": result.move.after.name, **move_document(result.move), "ran_s": ran, "next": undo})
+            return
+        if result.runs:
+            say(f"ran {len(result.runs)} segments that had never run")
+        show_move(result.move, undo)
+
+
+def move_document(move: Move) -> dict[str, Any]:
+    """A move of an alias, JSON-ready."""
+    return {
+        "alias": move.after.alias,
+        "version": move.after.number,
+        "digest": move.after.digest,
+        "counter": move.after.counter,
+        "alias_was": move.before.number,
+        "alias_moved": move.moved,
+    }
+
+
+def undo_command(move: Move, registry: str) -> str:
+    """The command that usually follows a move: its undo."""
+    name, alias = move.after.name, move.after.alias
+    # rollback moves prod unless told otherwise, and has nowhere to go where the alias meant nothing before.
+    if not (move.moved and move.before.number):
+        return in_registry(f"isthmus versions {name}", registry)
+    return in_registry(f"isthmus rollback {name}{'' if alias == 'prod' else f' --alias {alias}'}", registry)
+
+
+def show_move(move: Move, undo: str) -> None:
+    """Print the versions before and after an alias's move, and the command of the undo."""
+    after, was = move.after, move.before.number
+    if not move.moved:
+        say(f"{after.alias} means {after.name}:{after.number}, as before")
+    else:
+        before = f"; it meant {after.name}:{was}" if was else ""
+        say(f"{after.alias} means {after.name}:{after.number} now{before}")
+        say(FOLLOWING)
+    say_command("to go back" if move.moved and was else "next", undo)

@@ -61,8 +61,6 @@ def test_the_stack_without_keys_is_open_and_says_what_to_do() -> None:
     [
         ("cloud-tail", {"secrets": ["trusted-keys"]}, "hop-keys", "high"),
         ("cloud-tail", {"secrets": ["hop-keys"]}, "trusted-keys", "medium"),
-        ("router", {"environment": {"access": "anyone"}}, "callers", "high"),
-        ("cloud-tail", {"environment": {"access": "anyone"}}, "callers", "high"),
         ("cloud-tail", {"environment": {"trusted_keys": "none"}}, "trusted-keys", "medium"),
         ("cloud-tail", {"readonly_root_filesystem": False}, "read-only-root", "medium"),
         ("router", {"secrets": ["hop-keys", "profile-token", "trusted-keys"]}, "profiling", "low"),

@@ -40,7 +40,6 @@ def stack_findings(stack: Stack) -> Iterator[SecurityFinding]:
     functions = list(stack.functions.values())
     yield _hop_keys(functions)
     yield from _hops(functions)
-    yield _callers(functions)
     yield _trusted_keys(functions)
     yield _secrets_in_environment(functions)
     yield _details(functions)
@@ -80,18 +79,6 @@ def _hops(functions: list[FunctionSpec]) -> Iterator[SecurityFinding]:
         yield judged("tls", "low", sealed, "sealed, but over http: the path and sizes are visible", advice, right=right)
     if readable or not sealed:
         yield judged("tls", "high", readable, "activations travel readable, over http", advice, right=right)
-
-
-def _callers(functions: list[FunctionSpec]) -> SecurityFinding:
-    """Of functions that give every role to anybody; without a configuration none is served behind the watchdog."""
-    return judged(
-        "callers",
-        "high",
-        [f.name for f in functions if f.environment.get("access") == "anyone"],
-        "it serves whoever reaches the gateway: access is anyone",
-        "give callers keys or tokens, and leave access unset: docs/how-to/callers.md",
-        right="no function takes requests of anyone",
-    )
 
 
 def _trusted_keys(functions: list[FunctionSpec]) -> SecurityFinding:

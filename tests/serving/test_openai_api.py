@@ -130,6 +130,7 @@ def test_the_response_states_route_version_and_digest(client: openai.OpenAI, tin
     whole = raw.parse()
     facts = whole.model_extra["isthmus"]
     assert raw.headers["Isthmus-Route"] == facts["route"]
+    assert raw.headers["Isthmus-Version"] == "tiny:1"
     assert whole.model == "tiny:1"
     digest = tiny_decoder.model.digest.removeprefix("sha256:")
     assert whole.system_fingerprint == f"fp_{digest[:12]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -83,3 +84,32 @@ def test_canary_shows_share_rule_and_the_requests_of_a_router(photos: Published,
     assert "25% of its callers get photos:2" in text
     assert "min_requests 30" in text
     assert "isthmus promote photos --as prod --finish" in text
+
+
+def test_promote_begins_grows_finishes_and_aborts_a_canary(photos: Published) -> None:
+    def promote(*arguments: str) -> Any:
+        return document(isthmus("promote", *arguments, "--registry", photos.folder, "--json"))
+
+    begun = promote("photos:2", "--canary", "10%", "--rule", "errors=5%,requests=200")
+    assert (begun["version"], begun["canary"]["version"], begun["canary"]["share"]) == (1, 2, 0.1)
+    assert (begun["canary"]["rule"]["max_errors"], begun["canary"]["rule"]["min_requests"]) == (0.05, 200)
+    assert begun["next"] == f"isthmus promote photos --as prod --abort --registry {photos.folder}"
+    grown = promote("photos", "2", "--canary", "0.5")
+    assert (grown["canary"]["share"], grown["canary"]["began"]) == (0.5, begun["counter"])
+    assert promote("photos", "--abort")["canary"] is None
+    text = isthmus("promote", "photos:2", "--canary", "10%", "--registry", photos.folder).stdout
+    assert "prod means photos:1 for 90% of its callers, and photos:2 for the others" in text
+    finished = promote("photos", "--as", "prod", "--finish")
+    assert (finished["version"], finished["alias_was"], finished["canary"]) == (2, "1", None)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--finish", "--abort"], ["--canary", "10%", "--finish"], ["--rule", "errors=5%"], ["--canary", "all"]],
+)
+def test_promote_refuses_options_of_a_canary_that_contradict_each_other(
+    photos: Published, arguments: list[str]
+) -> None:
+    result = isthmus("promote", "photos:2", *arguments, "--registry", photos.folder)
+    assert result.exit_code == 1, result.output
+    assert photos.registry.alias("photos", "prod").canary is None

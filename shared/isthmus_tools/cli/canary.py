@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import msgspec
 import typer
 
+from isthmus.artifacts.canary import parse_rule, parse_share
+from isthmus.errors import RequestMalformed
 from isthmus.units import format_duration
 from isthmus_tools.cli.completion import complete_models
-from isthmus_tools.cli.console import errors, print_json, say, say_command, table
+from isthmus_tools.cli.console import FOLLOWING, errors, print_json, run, say, say_command, table
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
 if TYPE_CHECKING:
+    from isthmus.arrays import Array
+    from isthmus.registry.aliases import Move
     from isthmus.routing.state import TrialState
 
 _COLUMNS = ["alias", "release", "version", "requests", "errors", "median", "differ", "state"]
@@ -59,6 +63,75 @@ def canary(
         for alias in (document.alias for document in report.aliases):
             finish = f"isthmus promote {model} --as {alias} --finish"
             say_command("for all callers", in_registry(finish, registry))
+
+
+class CanaryChoice(NamedTuple):
+    """What the options of `isthmus promote` say of an alias's canary."""
+
+    model: str
+    alias: str
+    expected: int | None
+    share: str
+    rule: str
+    is_finished: bool
+    is_aborted: bool
+
+
+def change_canary(choice: CanaryChoice, arrays: Mapping[str, Array], registry: str, as_json: bool) -> None:
+    """Begin, grow, finish or abort a canary, and print the alias's move.
+
+    Raises:
+        RequestMalformed: the options contradict each other.
+        As the use cases.
+    """
+    from isthmus_tools.usecases.canary import CanaryEnd, CanaryRequest, begin_canary, end_canary
+
+    if bool(choice.share) + choice.is_finished + choice.is_aborted != 1:
+        raise RequestMalformed(
+            "a canary is changed by one of --canary SHARE, --finish and --abort; --rule needs --canary"
+        )
+    if choice.rule and not choice.share:
+        raise RequestMalformed("--rule is the rule of a canary: give --canary SHARE too")
+    settings = registry_settings(registry)
+    if choice.share:
+        request = CanaryRequest(
+            model=choice.model,
+            registry=settings,
+            share=parse_share(choice.share),
+            rule=parse_rule(choice.rule),
+            alias=choice.alias,
+            expected=choice.expected,
+            arrays=arrays,
+        )
+        move = run(begin_canary, request, quiet=as_json).move
+    else:
+        move = end_canary(
+            CanaryEnd(
+                model=choice.model,
+                registry=settings,
+                is_finished=choice.is_finished,
+                alias=choice.alias,
+                expected=choice.expected,
+            )
+        )
+    _show(move, registry, as_json)
+
+
+def _show(move: Move, registry: str, as_json: bool) -> None:
+    after, name = move.after, move.after.name
+    following = f"isthmus promote {name} --as {after.alias} --abort" if after.canary else f"isthmus canary {name}"
+    following = in_registry(following, registry)
+    if as_json:
+        print_json({**msgspec.to_builtins(after), "alias_was": move.before.number, "next": following})
+        return
+    say(
+        f"{after.alias} means {name}:{after.number} for "
+        + (f"{1 - after.canary.share:.0%}" if after.canary else "all")
+        + " of its callers"
+        + (f", and {name}:{after.canary.version} for the others" if after.canary else "")
+    )
+    say(FOLLOWING)
+    say_command("to end it" if after.canary else "next", following)
 
 
 def _rows(trials: Sequence[TrialState]) -> list[list[str]]:

@@ -30,6 +30,24 @@ def promote(
         int | None,
         typer.Option(help="Move only if the alias's counter is still this one; see `isthmus versions`.", min=0),
     ] = None,
+    canary: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARE",
+            help="Let so many of the alias's callers get the version on trial, such as 10%, or more of"
+            " them than before.",
+        ),
+    ] = "",
+    rule: Annotated[
+        str,
+        typer.Option(
+            metavar="LIMITS",
+            help="With --canary: when routers roll it back, such as errors=1%,disagreement=5%,"
+            "latency=1.5,requests=200,confidence=99.9%.",
+        ),
+    ] = "",
+    finish: Annotated[bool, typer.Option("--finish", help="Let the alias mean its canary, for all callers.")] = False,
+    abort: Annotated[bool, typer.Option("--abort", help="End the canary; the alias keeps its version.")] = False,
     tensor: Tensors = None,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
@@ -38,12 +56,18 @@ def promote(
 
     Segments that have never been loaded and run are run first.
 
-    Example: `isthmus promote efficientnet-lite0 7 --as prod`
+    Example: `isthmus promote efficientnet-lite0:7 --as prod --canary 10%`
     """
+    from isthmus_tools.cli.canary import CanaryChoice, change_canary
     from isthmus_tools.cli.inputs import read_tensors
     from isthmus_tools.usecases import publish as use_case
 
     with errors(as_json):
+        if canary or finish or abort or rule:
+            reference = f"{model}:{version}" if version else model
+            trial = CanaryChoice(reference, alias, expect, canary, rule, finish, abort)
+            change_canary(trial, read_tensors(tensor), registry, as_json)
+            return
         request = use_case.PromoteRequest(
             # A reference, as every other command takes it.
             model=f"{model}:{version}" if version else model,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from isthmus.arrays import Array
 from isthmus.artifacts.alias import Alias
 from isthmus.artifacts.canary import Canary, CanaryRule
 from isthmus.errors import RegistryError
@@ -13,6 +14,8 @@ from isthmus.registry import Registry, open_registry
 from isthmus.registry.aliases import PROD, AliasSigner, Move
 from isthmus.routing.state import TrialState
 from isthmus.settings import RegistrySettings
+from isthmus_tools.progress import Progress, silent
+from isthmus_tools.usecases.publish import PromoteResult, run_missing
 from isthmus_tools.usecases.routes import RouterView
 
 # A look costs the router less than a request does.
@@ -23,7 +26,7 @@ _LOOK_S = 5.0
 class CanaryRequest:
     """A version, NAME:VERSION, that a share of the alias's callers shall get; or another share of the present canary.
 
-    With `expected`, only if the alias's counter is still this one.
+    With `expected`, only if the alias's counter is still this one. `arrays` as for `PublishRequest`.
     """
 
     model: str
@@ -33,6 +36,7 @@ class CanaryRequest:
     alias: str = PROD
     expected: int | None = None
     signer: AliasSigner | None = None
+    arrays: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +72,13 @@ class CanaryReport:
     trials: Sequence[TrialState]
 
 
-def begin_canary(request: CanaryRequest) -> Move:
+def begin_canary(request: CanaryRequest, progress: Progress = silent) -> PromoteResult:
     """Begin the canary of an alias, or change share and rule of the one that it has: callers with it keep it then.
 
+    Segments that have never run are run first.
+
     Raises:
+        ModelError: a segment does not run; the alias did not move.
         AliasMoved: somebody else moved the alias meanwhile, or its counter is not `expected`.
         RegistryError: unknown version, or the alias means it already; no alias to share with.
     """
@@ -84,11 +91,12 @@ def begin_canary(request: CanaryRequest) -> Move:
             registry=store.url,
             hint="name another version as the canary",
         )
+    runs = run_missing(store, request.registry, tried.digest, request.arrays, progress)
     goes_on = present.canary is not None and present.canary.digest == tried.digest
     # The move below is the present counter's successor, or fails.
     began = present.canary.began if goes_on and present.canary is not None else present.counter + 1
     canary = Canary(int(tried.version), tried.digest, request.share, began, request.rule)
-    return _move(store, present, present.number, canary, request.expected, request.signer)
+    return PromoteResult(_move(store, present, present.number, canary, request.expected, request.signer), runs)
 
 
 def end_canary(request: CanaryEnd) -> Move:

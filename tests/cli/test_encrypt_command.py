@@ -100,3 +100,37 @@ def test_a_recipient_that_cannot_be_one_is_refused_before_anything_is_sealed(
     more = [] if "head" in recipient else ["--for", "own.pub.pem"]
     assert said in refusal(isthmus("encrypt", "photos", "--for", recipient, *more, "--json"))["error"]
     assert not (photos.folder / "sealed").exists()
+
+
+def plain_blobs(registry: Path) -> list[str]:
+    return [path.name for path in (registry / "blobs" / "sha256").iterdir()]
+
+
+def test_a_version_is_encrypted_on_its_way_to_another_registry_and_copied_on_without_a_key(
+    photos: Published, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    published = document(
+        isthmus(
+            *("publish", "photos:1", "--to", "outside", "--as", "prod", "--json"),
+            *("--encrypt-for", "own.pub.pem", "--encrypt-for", "edge.pub.pem@head"),
+        )
+    )
+    assert (published["version"], published["alias"]["version"]) == ("1", "1")
+    assert published["copied_bytes"] > 0
+    manifest = [photos.digest.removeprefix("sha256:")]
+    assert plain_blobs(tmp_path / "outside") == manifest
+    assert len(plain_blobs(photos.folder)) > 1
+    monkeypatch.setenv("secrets_dir", str(tmp_path / "none"))
+    pulled = document(isthmus("pull", "photos:1", "--to", "copy", "--registry", "outside", "--json"))
+    assert pulled["fetched_bytes"] > published["copied_bytes"]
+    assert plain_blobs(tmp_path / "copy") == manifest
+    again = document(isthmus("publish", "photos", "--to", "third", "--registry", "outside", "--as", "prod", "--json"))
+    assert (again["version"], plain_blobs(tmp_path / "third")) == ("1", manifest)
+    assert refusal(isthmus("verify", "photos", "--registry", "third", "--json"))["type"] == "NotGranted"
+    monkeypatch.setenv("secrets_dir", str(tmp_path / "own-secrets"))
+    assert isthmus("verify", "photos", "--registry", "third").exit_code == 0
+
+
+def test_encrypt_for_needs_another_registry(photos: Published) -> None:
+    refused = refusal(isthmus("publish", "photos:1", "--encrypt-for", "own.pub.pem", "--json"))
+    assert refused["hint"] == "isthmus encrypt photos:1 --for own.pub.pem"

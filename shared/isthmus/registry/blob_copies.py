@@ -13,12 +13,11 @@ from typing import BinaryIO
 
 from isthmus.artifacts.bundle import Blob
 from isthmus.artifacts.plan import read_plan
-from isthmus.errors import Corrupt, PlanMalformed, PlanMismatch, RegistryError, RegistryUnavailable
+from isthmus.errors import Corrupt, PlanMalformed, PlanMismatch, RegistryUnavailable
 from isthmus.registry.content import blob_key, corrupt
 from isthmus.registry.folder import FolderStore
 from isthmus.registry.registry import Registry
 from isthmus.registry.retry_policy import MAX_PARALLEL_REQUESTS
-from isthmus.registry.sealed_content import grants_of
 from isthmus.registry.source import Progress
 from isthmus.retries import RetryBudget
 
@@ -42,21 +41,6 @@ def version_content(registry: Registry, digest: str) -> dict[str, Blob]:
         content |= {each: Blob(each, size) for each, size in registry.bundle(manifest).content.items()}
         content[manifest] = Blob(manifest, len(registry.manifest(manifest)))
     return content
-
-
-def refuse_encrypted(registry: Registry, digest: str) -> None:
-    """Refuse to copy an encrypted version, whose copy would be plain.
-
-    Raises:
-        RegistryError: the version has grants.
-    """
-    if grants_of(registry.store, digest):
-        raise RegistryError(
-            f"{digest[:19]}… is encrypted in {registry.url}; a copy in a registry would be plain",
-            registry=registry.url,
-            blob=digest,
-            hint="isthmus pull --cache FOLDER fetches what this process's recipient key may read",
-        )
 
 
 def local_blob(registry: Registry, blob: Blob) -> Path | None:

@@ -21,6 +21,13 @@ def publish(
     to: Annotated[
         str, typer.Option(help="The registry to publish to: a folder, or s3://BUCKET/PREFIX; if none, in place.")
     ] = "",
+    encrypt_for: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE.pub.pem[@SEGMENT,…]",
+            help="Encrypt the content on its way to --to for this recipient, as isthmus encrypt --for; once for each.",
+        ),
+    ] = None,
     alias: Annotated[
         str, typer.Option("--as", help="An alias to move to the version there.", autocompletion=complete_aliases)
     ] = "",
@@ -44,6 +51,7 @@ def publish(
             # The same secrets and S3 settings serve both registries.
             target=registry_settings(to) if to else None,
             alias=alias,
+            encrypt_for=encrypt_for or (),
             arrays=read_tensors(tensor),
         )
         result = run(use_case.publish, request, quiet=as_json)

@@ -10,13 +10,42 @@ from pathlib import Path
 from isthmus.artifacts.bundle import Bundle
 from isthmus.errors import RegistryError, RequestMalformed
 from isthmus.registry import BlobStore, Registry
-from isthmus.registry.content import corrupt
+from isthmus.registry.collection import reached_by
+from isthmus.registry.content import blob_key, corrupt
 from isthmus.registry.leases import publish_lease
 from isthmus.registry.sealed_content import grants_of, put_grant, read_grant, sealed_key
 from isthmus_tools.progress import Progress, silent
-from isthmus_tools.usecases.sealed_versions import Addressee, give, plan_of, seal_content
+from isthmus_tools.usecases.sealed_versions import Addressee, give, parse_addressees, plan_of, seal_content
 
 _READ_BYTES = 8 * 2**20
+
+
+def copy_encrypted(
+    source: Registry, target: Registry, digest: str, recipients: Sequence[str], progress: Progress = silent
+) -> int:
+    """Bring a version's content to another registry, sealed for `recipients`, or as it is without any; its bytes.
+
+    Raises:
+        RequestMalformed: as `seal_into`; or the plan serves another model that the target lacks.
+        RegistryError: a registry cannot be read or written.
+    """
+    _refuse_missing_variants(source, target, digest)
+    if recipients:
+        seal_into(source, target, digest, parse_addressees(recipients), progress)
+        return sum(source.bundle(digest).content.values())
+    return copy_sealed(source, target, digest, progress)
+
+
+def _refuse_missing_variants(source: Registry, target: Registry, digest: str) -> None:
+    # Whether a variant is encrypted, and for whom, is its own publisher's choice.
+    reached = reached_by(source, [digest]) - {digest}
+    for name in source.models():
+        for version in source.versions(name):
+            if version.digest in reached and not target.store.exists(blob_key(version.digest)):
+                raise RequestMalformed(
+                    f"the plan serves {name}:{version.version}, which {target.url} does not have",
+                    hint=f"publish that first: isthmus publish {name}:{version.version} --to {target.url} …",
+                )
 
 
 def seal_into(
@@ -32,11 +61,12 @@ def seal_into(
         RegistryError: a registry cannot be read or written.
     """
     bundle, store, retry_policy = source.bundle(digest), target.store, target.retry_policy
-    _refuse_plain(target, bundle)
     plan = plan_of(source, bundle)
     for addressee in addressees:
         addressee.segments(bundle, plan[0])
     with publish_lease(store, retry_policy):
+        # Within the lease, whose write makes the folder of a new registry.
+        _refuse_plain(target, bundle)
         sealed = seal_content(source, store, retry_policy, [bundle], progress)
         for addressee in sorted(addressees, key=lambda each: bool(each.selection)):
             give(store, retry_policy, (digest, bundle), plan, sealed, addressee)
@@ -56,10 +86,10 @@ def copy_sealed(source: Registry, target: Registry, digest: str, progress: Progr
     grants = [source.retry_policy(lambda each=each: read_grant(source.store, digest, each)) for each in recipients]  # type: ignore[misc]
     if not grants:
         return 0
-    _refuse_plain(target, source.bundle(digest))
     keys = sorted({sealed_key(blob, identity) for grant in grants for blob, identity in grant.sealed.items()})
     copied = 0
     with publish_lease(target.store, target.retry_policy):
+        _refuse_plain(target, source.bundle(digest))
         for number, key in enumerate(keys, start=1):
             progress(f"copying sealed blob {number} of {len(keys)}")
             copied += _copy(source, target, key)

@@ -23,8 +23,10 @@ from isthmus_tools.usecases.sealed_versions import (
     Addressee,
     give,
     parse_addressee,
+    parse_addressees,
     plan_of,
     readable_bytes,
+    refuse_twice,
     seal_content,
 )
 
@@ -85,7 +87,7 @@ def encrypt(request: EncryptRequest, progress: Progress = silent) -> EncryptResu
         RegistryUnavailable: a publish is under way, so that nothing may be removed.
         RegistryError: unknown model, or the registry cannot be read or written.
     """
-    addressees = _addressees(request.recipients)
+    addressees = parse_addressees(request.recipients)
     registry = open_registry(request.registry)
     model = registry.resolve(request.model)
     versions = [(model.digest, model.bundle), *_sharing(registry, model, request)]
@@ -138,7 +140,7 @@ def grant(request: GrantRequest) -> GrantResult:
         RequestMalformed: a recipient is named twice, or the version is not encrypted.
     """
     addressees = [parse_addressee(text) for text in request.recipients]
-    _refuse_twice(addressees)
+    refuse_twice(addressees)
     registry = open_registry(request.registry)
     model = registry.resolve(request.model)
     _refuse_plain(registry, model)
@@ -220,27 +222,6 @@ def _for_the_log(grants: Sequence[GrantSummary]) -> dict[str, str]:
     return {
         each.recipient: "everything" if each.whole else ",".join(each.segments)[:256] for each in grants[:_MAX_LOGGED]
     }
-
-
-def _addressees(texts: Sequence[str]) -> list[Addressee]:
-    addressees = [parse_addressee(text) for text in texts]
-    _refuse_twice(addressees)
-    if all(each.selection for each in addressees):
-        raise RequestMalformed(
-            "no recipient may read everything, so nobody could read all of the model or give it to others",
-            option="--for",
-            hint="name one without @SEGMENT: the cloud's key, or one that you keep: --for own.pub.pem",
-        )
-    return addressees
-
-
-# Two grants for one key would be one file: the later would replace the earlier without a word.
-def _refuse_twice(addressees: Sequence[Addressee]) -> None:
-    ids = [each.recipient.id for each in addressees]
-    if twice := [each.label for each in addressees if ids.count(each.recipient.id) > 1]:
-        raise RequestMalformed(
-            f"{' and '.join(twice)} are one key", option="--for", hint="name it once: FILE.pub.pem@SEGMENT,SEGMENT"
-        )
 
 
 def _sharing(registry: Registry, model: Resolved, request: EncryptRequest) -> list[tuple[str, Bundle]]:

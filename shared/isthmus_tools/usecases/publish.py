@@ -9,14 +9,16 @@ from pathlib import Path
 
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle
-from isthmus.errors import RegistryError
+from isthmus.errors import RegistryError, RequestMalformed
 from isthmus.registry import Registry, Resolved, Version, open_registry
 from isthmus.registry.aliases import PROD, Move, check_alias
-from isthmus.registry.blob_copies import fetch_blob, local_blob, refuse_encrypted, version_content
+from isthmus.registry.blob_copies import fetch_blob, local_blob, version_content
 from isthmus.registry.content import blob_key
-from isthmus.registry.run_records import never_run
+from isthmus.registry.run_records import all_segments, never_run, record_runs
+from isthmus.registry.sealed_content import grants_of
 from isthmus.settings import RegistrySettings
 from isthmus_tools.progress import Progress, silent
+from isthmus_tools.usecases.encrypted_copies import copy_encrypted
 from isthmus_tools.usecases.segment_runs import TrialRequest, TrialRun, run_segments
 
 
@@ -24,14 +26,16 @@ from isthmus_tools.usecases.segment_runs import TrialRequest, TrialRun, run_segm
 class PublishRequest:
     """A version to publish: `model`, NAME, NAME:VERSION or NAME:ALIAS of `registry`, to the registry `target`.
 
-    Without `target` the version is run where it is. `alias` moves to the version in the end; empty for none. `arrays`
-    are inputs for the run; without, noise in the shapes of the model's example.
+    With `encrypt_for`, recipients as of `isthmus encrypt --for`, the target gets the content sealed; that of an
+    encrypted version it gets as it is. Without `target` the version is run where it is. `alias` moves to the version in
+    the end; empty for none. `arrays` are inputs for the run; without, noise in the shapes of the model's example.
     """
 
     model: str
     registry: RegistrySettings
     target: RegistrySettings | None = None
     alias: str = ""
+    encrypt_for: Sequence[str] = ()
     arrays: Mapping[str, Array] = field(default_factory=dict)
 
 
@@ -79,6 +83,12 @@ def publish(request: PublishRequest, progress: Progress = silent) -> PublishResu
     """
     if request.alias:
         check_alias(request.alias)
+    if request.encrypt_for and request.target is None:
+        raise RequestMalformed(
+            "in place there is plain content, which another command seals and removes",
+            option="--encrypt-for",
+            hint=f"isthmus encrypt {request.model} --for {request.encrypt_for[0]}",
+        )
     source = open_registry(request.registry)
     found = source.resolve(request.model)
     settings = request.target or request.registry
@@ -88,7 +98,8 @@ def publish(request: PublishRequest, progress: Progress = silent) -> PublishResu
         if request.target is not None:
             # Before the first byte: a store that cannot number versions safely gets none.
             target.store.require_conditions()
-            refuse_encrypted(source, found.digest)
+            if request.encrypt_for or grants_of(source.store, found.digest):
+                return _publish_encrypted(request, source, target, found, progress)
             files, copied = _content(source, target, found.digest, Path(folder), progress)
             progress(f"uploading {found.name} to {settings.registry}")
             for digest in _manifests(source, found):
@@ -100,6 +111,22 @@ def publish(request: PublishRequest, progress: Progress = silent) -> PublishResu
         if request.target is not None:
             # Uploads nothing more, and gives the number that is free in the target.
             version = target.publish(found.bundle, files)
+    move = target.move_alias(version.name, request.alias, version.version) if request.alias else None
+    return PublishResult(version, found.bundle, runs, copied, move)
+
+
+def _publish_encrypted(
+    request: PublishRequest, source: Registry, target: Registry, found: Resolved, progress: Progress
+) -> PublishResult:
+    """Publish a version whose content the target gets sealed.
+
+    Its segments run in the source, since nobody here may be able to read the target: the digests are the same.
+    """
+    runs = run_missing(source, request.registry, found.digest, request.arrays, progress)
+    copied = copy_encrypted(source, target, found.digest, request.encrypt_for, progress)
+    copy_signatures(source, target, found.digest)
+    record_runs(target, found.bundle, all_segments(found.bundle))
+    version = target.publish(found.bundle, {})
     move = target.move_alias(version.name, request.alias, version.version) if request.alias else None
     return PublishResult(version, found.bundle, runs, copied, move)
 

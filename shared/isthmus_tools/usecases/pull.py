@@ -12,12 +12,14 @@ from pathlib import Path
 from isthmus.artifacts.bundle import Blob
 from isthmus.errors import RequestMalformed, StoreFull
 from isthmus.registry import FolderStore, Registry, Resolved, Version, open_cache, open_registry
-from isthmus.registry.blob_copies import fetch_blob, refuse_encrypted, version_content
+from isthmus.registry.blob_copies import fetch_blob, version_content
 from isthmus.registry.content import blob_key
 from isthmus.registry.leases import publish_lease
+from isthmus.registry.sealed_content import grants_of
 from isthmus.settings import RegistrySettings
 from isthmus.units import format_size
 from isthmus_tools.progress import Progress, silent
+from isthmus_tools.usecases.encrypted_copies import copy_encrypted
 from isthmus_tools.usecases.publish import copy_signatures
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -78,7 +80,10 @@ def pull(request: PullRequest, progress: Progress = silent) -> PullResult:
     Path(target.url).mkdir(parents=True, exist_ok=True)
     # A collection of the target waits, or the pull does: it relies on blobs that are there.
     with publish_lease(target.store, target.retry_policy):
-        fetched = _to_folder(source, target, target.store, model.digest, progress)
+        if grants_of(source.store, model.digest):
+            fetched = _sealed_to_folder(source, target, model.digest, progress)
+        else:
+            fetched = _to_folder(source, target, target.store, model.digest, progress)
         copy_signatures(source, target, model.digest)
         # The number last: from now on the version is visible, and complete.
         target.mirror(source, version, model.alias.alias if model.alias is not None else "")
@@ -112,7 +117,6 @@ def _small_blobs(model: Resolved, *, tail: bool) -> Iterator[Blob]:
 
 def _to_folder(source: Registry, target: Registry, store: FolderStore, digest: str, progress: Progress) -> int:
     """Fetch what the target lacks; the bytes fetched."""
-    refuse_encrypted(source, digest)
     absent = [
         blob for blob in version_content(source, digest).values() if store.size(blob_key(blob.digest)) != blob.size
     ]
@@ -128,6 +132,13 @@ def _to_folder(source: Registry, target: Registry, store: FolderStore, digest: s
             store.adopt(blob_key(blob.digest), path)
         fetched.end(blob.size)
     return fetched.bytes
+
+
+def _sealed_to_folder(source: Registry, target: Registry, digest: str, progress: Progress) -> int:
+    """Copy an encrypted version as it is, its manifest last; the bytes of sealed content fetched."""
+    fetched = copy_encrypted(source, target, digest, (), progress)
+    target.retry_policy(lambda: target.store.put(blob_key(digest), source.manifest(digest)))
+    return fetched
 
 
 def _check_space(store: FolderStore, absent: Sequence[Blob]) -> None:

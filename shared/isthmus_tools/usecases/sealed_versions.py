@@ -74,6 +74,38 @@ def parse_addressee(text: str) -> Addressee:
     return Addressee(label, read_recipient(pem, where=str(path)), chosen)
 
 
+def parse_addressees(texts: Sequence[str]) -> list[Addressee]:
+    """The recipients of an encryption.
+
+    Raises:
+        RequestMalformed: none of everything, or a key twice.
+        SettingsError: a file is no public key.
+    """
+    addressees = [parse_addressee(text) for text in texts]
+    refuse_twice(addressees)
+    if all(each.selection for each in addressees):
+        raise RequestMalformed(
+            "no recipient may read everything, so nobody could read all of the model or give it to others",
+            option="--for",
+            hint="name one without @SEGMENT: the cloud's key, or one that you keep: --for own.pub.pem",
+        )
+    return addressees
+
+
+# Two grants for one key would be one file: the later would replace the earlier without a word.
+def refuse_twice(addressees: Sequence[Addressee]) -> None:
+    """Refuse two recipients with one key.
+
+    Raises:
+        RequestMalformed: names them.
+    """
+    ids = [each.recipient.id for each in addressees]
+    if twice := [each.label for each in addressees if ids.count(each.recipient.id) > 1]:
+        raise RequestMalformed(
+            f"{' and '.join(twice)} are one key", option="--for", hint="name it once: FILE.pub.pem@SEGMENT,SEGMENT"
+        )
+
+
 def _segment_id(text: str, bundle: Bundle, plan: Plan | None) -> str:
     """The id that a text stands for; head and tail are those of the plan's cuts, else of the default ones."""
     if text not in (_HEAD, _TAIL):

@@ -93,3 +93,47 @@ def test_gc_lists_first_and_removes_with_delete_alone(photos: Published) -> None
     assert ask(photos, "gc")["removable"] == []  # younger than a day
     assert "removed" in say(photos, "gc", "--older-than", "0s", "--delete")
     assert photos.registry.store.list("blobs/") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["promote", "photos", "../1"], "no alias '../1'"),
+        (["promote", "photos", "01"], "no version '01'"),
+        (["promote", "Photos:1"], "there is no model 'Photos'"),
+        (["promote", "photos:2", "--as", "Prod"], "'Prod' cannot be an alias"),
+        (["promote", "photos:2", "--as", "7"], "'7' cannot be an alias"),
+        (["publish", "photos:2", "--to", "{tmp}", "--as", "a/b"], "'a/b' cannot be an alias"),
+        (["publish", "photos:9", "--to", "{tmp}"], "no version '9'"),
+        (["pull", "photos"], "one target"),
+        (["pull", "photos", "--to", "s3://bucket/x"], "is no folder"),
+        (["verify", "photos:%2e%2e"], "no alias '%2e%2e'"),
+        (["diff", "photos:1", "9"], "no version '9'"),
+        (["versions", "photos/.."], "there is no model"),
+    ],
+)
+def test_a_bad_name_is_a_sentence_and_changes_nothing(
+    photos: Published, arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    given = [argument.replace("{tmp}", str(target)) for argument in arguments]
+    result = isthmus(*given, "--registry", photos.folder)
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+    assert photos.registry.alias("photos", "prod").counter == 1
+    assert not target.exists()
+
+
+def test_publish_verify_diff_and_pull_say_what_they_did(photos: Published, tmp_path: Path) -> None:
+    text = say(photos, "publish", "photos:2", "--to", tmp_path / "there", "--as", "live")
+    assert f"photos:1 in {tmp_path / 'there'}: 10 segments ran" in text
+    assert "live means photos:1 now" in text
+    assert ask(photos, "verify", "photos:2")["good"] is True
+    assert "are the same bundle" in say(photos, "diff", "photos:prod", "1")
+    assert f"segments ..1 in {tmp_path / 'cache'}" in say(
+        photos, "pull", "photos", "--segment", "..1", "--cache", tmp_path / "cache"
+    )
+    path = photos.folder / "blobs/sha256" / photos.bundle.weights.blob.digest[7:]
+    path.write_bytes(b"\0" * path.stat().st_size)
+    result = isthmus("verify", "photos:2", "--registry", photos.folder)
+    assert (result.exit_code, "damaged: sha256:" in result.stdout) == (1, True)

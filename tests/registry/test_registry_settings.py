@@ -360,6 +360,16 @@ def test_publishing_to_a_bucket_of_a_wrong_region_ends_with_its_name(s3: FakeS3,
         registry.publish(fake.bundle, fake.files)
 
 
+def test_a_clock_that_is_an_hour_off_is_named_as_such(s3: FakeS3) -> None:
+    s3.refuse = lambda _: error(403, "RequestTimeTooSkewed", "<ServerTime>2026-11-29T12:00:00Z</ServerTime>")
+    with pytest.raises(
+        Denied, match=r"refuses this machine's clock: it is .* here, and 2026-11-29T12:00:00Z there"
+    ) as e:
+        s3.store().get("blobs/x", max_bytes=1)
+    assert "NTP" in e.value.hint
+    assert len(s3.requests) == 1
+
+
 def elsewhere(request: Request) -> Response | None:
     # A HEAD's refusal has neither a body nor, on some servers, a header that names the region.
     return error(400, "AuthorizationHeaderMalformed", "<Region>eu-central-1</Region>")

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,7 @@ _REGION = "us-east-1"
 _MAX_REGION = 64
 # boto3 follows redirects without a bound; see `_count_redirects`.
 _MAX_REDIRECTS = 5
+_CLOCK = {"RequestTimeTooSkewed", "RequestExpired"}
 _NO_KEY = {"NoSuchKey", "NotFound", "404"}
 _DAMAGED_UPLOAD = {"BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"}
 _TRANSIENT = _DAMAGED_UPLOAD | {"SlowDown", "RequestTimeout", "ConditionalRequestConflict", "OperationAborted"}
@@ -415,6 +416,16 @@ class S3Store:
         facts = {"registry": self.url, "blob": key}
         if code == "NoSuchBucket":
             return missing_registry(self.url)
+        if code in _CLOCK:
+            theirs = str(
+                e.response["Error"].get("ServerTime") or e.response["ResponseMetadata"]["HTTPHeaders"].get("date")
+            )
+            return Denied(
+                f"{self.url} refuses this machine's clock: it is {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} here, and"
+                f" {theirs[:40]} there ({code})",
+                hint="set the clock (NTP): S3 refuses a request whose time differs by more than 15 minutes",
+                **facts,
+            )
         client_region = self._connection.meta.region_name if self._connection is not None else ""
         if (region := _region_of(e)) and region != client_region:
             return RegistryError(

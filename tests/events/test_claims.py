@@ -12,19 +12,16 @@ from isthmus.errors import ClaimExpired, EventMalformed, MessageTooLarge, Result
 from isthmus.events.claims import Claim, ClaimStore, looks_like_claim, parse_claim
 from isthmus.registry import BlobStore, FolderStore, RetryPolicy
 from support.ports import free_port
-from support.s3_server import S3Server, store_at, unique_prefix
 from support.s3_server import s3_server as s3_server
+from support.s3_server import store_at
+from support.stores import STORES, make_store
 
 HOUR_S = 3600
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=STORES)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
-    if request.param == "folder":
-        (tmp_path / "claims").mkdir()
-        return FolderStore(str(tmp_path / "claims"))
-    server: S3Server = request.getfixturevalue("s3_server")
-    return store_at(server.endpoint, unique_prefix())
+    return make_store(request.param, request, tmp_path)
 
 
 class Clock:

@@ -14,17 +14,15 @@ from isthmus.events.places import objects
 from isthmus.events.places.objects import ObjectPublisher
 from isthmus.registry import BlobStore, FolderStore, RetryPolicy
 from support.ports import free_port
-from support.s3_server import S3Server, store_at, unique_prefix
+from support.s3_server import S3Server, store_at
+from support.stores import STORES, make_store
 
 JSON = {"content-type": "application/json"}
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=STORES)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
-    if request.param == "folder":
-        return FolderStore(tmp_path / "results")
-    server: S3Server = request.getfixturevalue("s3_server")
-    return store_at(server.endpoint, unique_prefix())
+    return make_store(request.param, request, tmp_path)
 
 
 def test_each_result_is_an_object_named_by_its_id(store: BlobStore) -> None:

@@ -259,6 +259,7 @@ _ANSWERED = "Server returned non-2xx status code: {0}: <Error><Code>{1}</Code></
         (_ANSWERED.format(416, "InvalidRange"), Corrupt, "blobs/x"),
         (_ANSWERED.format(403, "AuthorizationPermissionMismatch"), Denied, "AuthorizationPermissionMismatch"),
         (_ANSWERED.format(400, "InvalidHeader"), RegistryError, "400 InvalidHeader"),
+        ("Unable to extract metadata from headers: ETag", RegistryError, "not this kind of store's"),
         ("Received redirect without LOCATION", RegistryError, "redirects"),
         ('kind: Connect, "dns error"', RegistryUnavailable, r"connect \(dns error\)"),
         ("x" * 2**20, RegistryUnavailable, "the connection failed"),

@@ -291,6 +291,13 @@ def test_a_bucket_of_another_region_is_named_by_its_region(refusal: Response, s3
         assert "s3_region=eu-central-1" in caught.value.hint
 
 
+def test_a_clock_that_differs_is_named_as_such(s3: FakeS3) -> None:
+    s3.refuse = lambda request: error(403, "RequestTimeTooSkewed")
+    with pytest.raises(Denied, match="refuses this machine's clock") as caught:
+        s3.store().get("blobs/x", max_bytes=1)
+    assert "NTP" in caught.value.hint
+
+
 def test_a_bucket_of_another_region_is_asked_there_where_the_refusal_of_a_get_names_it(s3: FakeS3) -> None:
     """A HEAD's refusal has no body that could."""
     region = error(400, "AuthorizationHeaderMalformed", "<Region>eu-central-1</Region>")

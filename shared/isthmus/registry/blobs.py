@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
-from isthmus.errors import ConditionsIgnored, Corrupt, Missing, RegistryError, RegistryMissing, StoreFull
+from isthmus.errors import ConditionsIgnored, Corrupt, Denied, Missing, RegistryError, RegistryMissing, StoreFull
 from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.retries import RetryBudget
 
@@ -221,6 +221,16 @@ def store_full(registry: str, key: str) -> StoreFull:
         registry=registry,
         blob=key,
         hint="free space there (isthmus gc lists content that no version reaches), then run the same command again",
+    )
+
+
+def clock_refused(registry: str, key: str) -> Denied:
+    """The error for a request whose signature is of another time than the server's."""
+    return Denied(
+        f"{registry} refuses this machine's clock for {key}",
+        hint="set the clock (NTP): a request is refused where it differs by more than some minutes",
+        registry=registry,
+        blob=key,
     )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from isthmus.errors import Denied, RegistryError, RegistryUnavailable
-from isthmus.registry.blobs import ended_early, missing_blob, missing_registry
+from isthmus.registry.blobs import clock_refused, ended_early, missing_blob, missing_registry
 
 _MAX_TEXT = 16 * 2**10
 """A server's error document may be of any length."""
@@ -27,6 +27,8 @@ _TRANSIENT: Final = {"ServerBusy", "OperationTimedOut", "SlowDown", "ContainerBe
 _INSTANCE: Final = ("://169.254.169.254/", "://metadata.google.internal/", "://metadata/")
 # Texts of object_store's builders and signers, before any request is sent.
 _UNUSABLE: Final = ("credential error", "Access Key", "SAS", "pem file", "CryptoProvider", "InvalidHeaderValue")
+
+_FOREIGN: Final = ("Unable to extract metadata", "Got invalid")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def translated(error: BaseException, store: CloudFacts, key: str) -> RegistryErr
     if "token request" in text:
         return _without_token(text, status, store, key)
     if any(word in text for word in _CLOCK):
-        return _skewed(store, key)
+        return clock_refused(store.url, key)
     if code in _NO_BUCKET or (status == 404 and not key):
         return missing_registry(store.url)
     if status == 404:
@@ -65,6 +67,12 @@ def translated(error: BaseException, store: CloudFacts, key: str) -> RegistryErr
         return Denied(f"the credentials for {store.url} have no usable form", hint=_secrets_hint(store), **facts)
     if "non-partial" in text or "NotPartial" in text:
         return RegistryError(f"{store.url} ignores byte ranges: it cannot be a registry", **facts)
+    if any(words in text for words in _FOREIGN):
+        return RegistryError(
+            f"{store.url} gave a response that is not this kind of store's for {key}",
+            hint=f"see whether {store.endpoint_setting} names its API, and no console or proxy",
+            **facts,
+        )
     if "redirect" in text:
         return RegistryError(
             f"{store.url} answers with redirects",
@@ -79,7 +87,7 @@ def _without_token(text: str, status: int, store: CloudFacts, key: str) -> Regis
     """An instance without a token service has no credentials; a token service that fails may recover."""
     facts = {"registry": store.url, "blob": key}
     if any(word in text for word in _CLOCK):
-        return _skewed(store, key)
+        return clock_refused(store.url, key)
     if any(address in text for address in _INSTANCE):
         return Denied(f"there are no credentials for {store.url}", hint=_secrets_hint(store), **facts)
     if 400 <= status < 500 and status not in (408, 429):
@@ -87,15 +95,6 @@ def _without_token(text: str, status: int, store: CloudFacts, key: str) -> Regis
             f"the token service refused our credentials for {store.url} ({status})", hint=_secrets_hint(store), **facts
         )
     return RegistryUnavailable(f"the token service for {store.url} did not answer: {_transport(text)}", **facts)
-
-
-def _skewed(store: CloudFacts, key: str) -> Denied:
-    return Denied(
-        f"{store.url} refuses this machine's clock for {key}",
-        hint="set the clock (NTP): a request is refused where it differs by more than some minutes",
-        registry=store.url,
-        blob=key,
-    )
 
 
 def _secrets_hint(store: CloudFacts) -> str:

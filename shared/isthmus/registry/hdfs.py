@@ -32,6 +32,7 @@ from isthmus.registry.blobs import (
     ended_early,
     missing_blob,
     missing_registry,
+    store_full,
     too_long,
 )
 from isthmus.registry.folder import FileCalls
@@ -340,7 +341,9 @@ class HdfsStore:
                 hint="set HADOOP_USER_NAME, or get a Kerberos ticket (kinit), of a user with rights on the folder",
                 **facts,
             )
-        # Other exceptions of the server: quota, no space, a file where a folder must be.
+        if "QuotaExceeded" in text:
+            return store_full(self.url, key)
+        # Other exceptions of the server, such as a file where a folder must be.
         if isinstance(error, RuntimeError) and "RPCError" in text and not any(each in text for each in _TRANSIENT):
             return RegistryError(f"{self.url} refused {key}: {text}", **facts)
         return RegistryUnavailable(f"{self.url} did not answer for {key}: {text}", **facts)

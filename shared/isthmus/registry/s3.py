@@ -20,6 +20,7 @@ from isthmus.registry.blobs import (
     StoredKey,
     check_key,
     check_range,
+    clock_refused,
     conditions_ignored,
     ended_early,
     missing_blob,
@@ -439,6 +440,8 @@ class S3Store:
             return missing_blob(self.url, key)
         if code in _TRANSIENT or status >= 500 or status in (408, 429):
             return RegistryUnavailable(f"{self.url} answered {status} {code} for {key}", **facts)
+        if code in _CLOCK:
+            return clock_refused(self.url, key)
         if code in _DENIED or status in (401, 403):
             return Denied(f"{self.url} refused our credentials for {key} ({code})", hint=_SECRETS, **facts)
         if status == 416:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from isthmus.errors import (
     Missing,
     Overloaded,
     RequestMalformed,
+    SettingsError,
     ShapeMismatch,
     error_code,
 )
@@ -48,6 +50,7 @@ from isthmus.http.pool import (
 from isthmus.http.tls import TlsTrust
 from isthmus.oip import messages as oip
 from isthmus.oip.tensor import datatype_of, from_binary, shape_of
+from isthmus.settings import is_secret
 from isthmus.wire.frame import DTYPES
 
 # Outputs of segmentation models reach hundreds of megabytes; a wrong URL must not fill the memory.
@@ -63,6 +66,7 @@ _OPENAI_CODES: Mapping[str, type[IsthmusError]] = {
     "rate_limit_exceeded": Overloaded,
     "model_not_found": Missing,
 }
+API_KEY_VARIABLE = "ISTHMUS_API_KEY"
 _BOUNDARY = f"isthmus-{uuid4().hex}"
 _DTYPE = {datatype_of(dtype): dtype for dtype in DTYPES}
 
@@ -80,19 +84,24 @@ class Client:
     """Calls the router at `url`, e.g. http://127.0.0.1:8080/function/router.
 
     Units: timeout_s, in seconds, bounds each call and is sent as X-Timeout. Of an https URL `trust` says which CAs
-    vouch for it, and which certificate it is shown; by default the system's, and none.
+    vouch for it, and which certificate it is shown; by default the system's, and none. `api_key` is the caller's key or
+    token, by default that of the environment variable ISTHMUS_API_KEY; an empty one sends none.
 
     Raises:
         RequestMalformed: not an http or https URL.
+        SettingsError: a key with a space or a line break; it is never quoted.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 30.0, trust: TlsTrust | None = None) -> None:
+    def __init__(
+        self, url: str, *, timeout_s: float = 30.0, trust: TlsTrust | None = None, api_key: str | None = None
+    ) -> None:
         if not is_url(url):
             raise RequestMalformed(
                 f"{url!r} is no URL of a function", hint="a URL is such as http://127.0.0.1:8080/function/router"
             )
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
+        self._key_header = _key_header(os.environ.get(API_KEY_VARIABLE, "") if api_key is None else api_key)
         self._pool = ConnectionPool(self.url, connect_timeout_s=min(_CONNECT_TIMEOUT_S, timeout_s), trust=trust)
 
     def photo(self, data: bytes, *, model: str = "", top_k: int | None = None) -> dict[str, Any]:
@@ -230,7 +239,7 @@ class Client:
         Source: HTML Living Standard, 9.2 "Server-sent events".
         """
         # OpenFaaS's watchdog and gateway pass a body on as it comes only with this header.
-        headers = {"Content-Type": "application/json", "Accept": "text/event-stream", **self._timeout_header}
+        headers = {"Content-Type": "application/json", "Accept": "text/event-stream", **self._own_headers}
         deadline = Deadline.after(self._timeout_s + 1.0)
         bounds = {"max_line_bytes": _MAX_EVENT_BYTES, "max_error_bytes": MAX_RESPONSE_BYTES}
         for line in self._pool.lines(body, headers, deadline, path=path, **bounds):
@@ -249,8 +258,8 @@ class Client:
         raise BrokenOff("the stream ended early")
 
     @property
-    def _timeout_header(self) -> dict[str, str]:
-        return {"X-Timeout": f"{int(self._timeout_s * 1000)}ms"}
+    def _own_headers(self) -> dict[str, str]:
+        return {"X-Timeout": f"{int(self._timeout_s * 1000)}ms", **self._key_header}
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -298,7 +307,7 @@ class Client:
         with self._transport():
             response = self._pool.post(
                 body,
-                {**self._timeout_header, **headers},
+                {**self._own_headers, **headers},
                 # The router answers at its own deadline; a second later no answer is to be expected.
                 Deadline.after(self._timeout_s + 1.0),
                 max_bytes=MAX_RESPONSE_BYTES,
@@ -337,6 +346,22 @@ class Client:
             raise HopUnavailable(f"{self.url} broke off: {e}", hop=self.url) from e
         except ResponseTooLong as e:
             raise HopRejected(f"{self.url} answered with more than {MAX_RESPONSE_BYTES} bytes", hop=self.url) from e
+
+
+def _key_header(key: str) -> dict[str, str]:
+    """The header of an API key or token; none for an empty one.
+
+    Raises:
+        SettingsError: no header can hold it. The error of an HTTP library would quote it.
+    """
+    key = key.strip()
+    if key and not is_secret(key):
+        raise SettingsError(
+            "the API key holds a space, a line break or another character that no key has",
+            variable=API_KEY_VARIABLE,
+            hint=f"set {API_KEY_VARIABLE} to one line: the key that isthmus caller new printed, or a token",
+        )
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def _tensor_body(arrays: Mapping[str, Array]) -> tuple[list[bytes | memoryview], dict[str, str]]:

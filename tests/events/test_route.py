@@ -58,6 +58,16 @@ def test_a_message_is_a_request_with_its_id_source_deadline_and_model(router: Sc
     assert not {"authorization", "x-callback-url"} & set(received.headers)
 
 
+def test_the_routers_key_goes_with_every_message_in_place_of_a_callers_own(router: ScriptedRouter) -> None:
+    opened = RouterRoute(RouterTable(url=router.url), key="isthmus_key")
+    try:
+        opened.call(Message(b"photo", "m1", headers={"authorization": "Bearer other"}))
+    finally:
+        opened.close()
+    (received,) = router.received
+    assert received.headers["authorization"] == "Bearer isthmus_key"
+
+
 def test_a_message_without_a_trace_begins_one(router: ScriptedRouter) -> None:
     call(router.url)
     assert len(router.received[0].headers["traceparent"]) == 55

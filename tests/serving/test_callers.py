@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from isthmus.serving import create_router_app, create_segment_app, create_trigge
 from isthmus.serving.route_roles import ROUTER, SEGMENT, TRIGGER
 from support.bundles import Published, framed, metrics, photo, ready, router_settings, segment_settings, served
 from support.bundles import photos as photos
+from support.cli import document, isthmus, refusal
+from support.paths import ROOT
 from support.trigger_apps import trigger_settings
 
 KEYS = {name: new_key() for name in ("ann", "bob", "other", "prom", "admin", "slow", "heavy")}
@@ -396,3 +399,33 @@ def test_over_real_http_a_stranger_gets_401_and_nothing_runs(photos: Published, 
 def metrics_of(client: FlaskClient) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     client.environ_base["HTTP_X_API_KEY"] = KEYS["prom"]
     return metrics(client)
+
+
+def test_clients_and_commands_send_a_key_from_the_environment_or_a_file_and_never_quote_it(
+    photos: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = router_settings(photos, tmp_path, ["local"], secrets_dir=secrets_in(tmp_path / "secrets"))
+    app = create_router_app(settings)
+    ready(app.test_client())
+    (tmp_path / "cat.png").write_bytes(photo())
+    (tmp_path / "key").write_text(KEYS["ann"] + "\n")
+    (tmp_path / "broken").write_text(KEYS["ann"][:20] + "\n" + KEYS["ann"][20:])
+    with served(app) as url:
+        assert Client(url, api_key=KEYS["ann"]).photo(photo())["model_name"] == "photos"
+        command = ("infer", tmp_path / "cat.png", "--url", url, "--registry", photos.folder, "--json")
+        assert document(isthmus(*command, "--api-key", tmp_path / "key"))[0]["model_name"] == "photos"
+        assert refusal(isthmus(*command))["type"] == "CallerUnauthenticated"
+        broken = refusal(isthmus(*command, "--api-key", tmp_path / "broken"))
+        assert broken["type"] == "SettingsError"
+        assert KEYS["ann"][:20] not in str(broken)
+        monkeypatch.setenv("ISTHMUS_API_KEY", KEYS["prom"])
+        assert document(isthmus("top", "--url", url, "--json"))["working"] == 0
+        assert refusal(isthmus(*command))["type"] == "CallerForbidden"
+
+
+def test_doctor_names_a_function_that_is_open_to_anyone(tmp_path: Path) -> None:
+    text = (ROOT / "stack.yml").read_text().replace("    environment:\n", "    environment:\n      access: anyone\n", 1)
+    (tmp_path / "stack.yml").write_text(text)
+    result = isthmus("doctor", "--stack", tmp_path / "stack.yml", "--registry", tmp_path, "--json")
+    findings = json.loads(result.stdout)["findings"]
+    assert any("access=anyone opens router" in finding["found"] for finding in findings)

@@ -65,6 +65,7 @@ def test_the_stack_without_keys_is_open_and_says_what_to_do() -> None:
         ("cloud-tail", {"readonly_root_filesystem": False}, "read-only-root", "medium"),
         ("router", {"secrets": ["hop-keys", "profile-token", "trusted-keys"]}, "profiling", "low"),
         ("router", {"environment": {"expose_details": "true"}}, "expose-details", "medium"),
+        ("router", {"environment": {"access": "anyone"}}, "access", "critical"),
         ("router", {"environment": {"hops": "local,http://cloud.example.com/function/cloud-tail"}}, "tls", "low"),
         ("router", {"environment": {"hops": "local,http://10.0.0.7:8080/function/cloud-tail"}}, "tls", "low"),
         (

@@ -24,7 +24,7 @@ from isthmus.events.spool import EventSpool
 from isthmus.events.stores.open import open_claims, open_records
 from isthmus.events.trigger import Trigger, TriggerParts
 from isthmus.http.tls import open_trust
-from isthmus.settings import RegistrySettings
+from isthmus.settings import RegistrySettings, read_secret
 
 
 def open_trigger(
@@ -56,7 +56,9 @@ def open_trigger(
         spool = None if table is None else EventSpool(table.folder, table.max_bytes)
         if spool is not None:
             opened.callback(spool.close)
-        name, route = trigger_name(configuration), RouterRoute(configuration.router, open_trust(settings))
+        router = configuration.router
+        key = read_secret(settings.secrets_dir, router.key_secret) if router.key_secret else ""
+        name, route = trigger_name(configuration), RouterRoute(router, open_trust(settings), key)
         consumer = open_consumer(configuration.source, settings)
         parts = TriggerParts(
             consumer=consumer,

@@ -117,12 +117,16 @@ Place = NatsPlace | MqttPlace | SqsPlace | RedisPlace | CallbackPlace | ObjectPl
 
 
 class RouterTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The router that serves the messages: at most `concurrency` at a time, each within `timeout`."""
+    """The router that serves the messages: at most `concurrency` at a time, each within `timeout`.
+
+    `key_secret` is the name of a secret with the API key or token for it; without that secret none is sent.
+    """
 
     url: Text = "http://127.0.0.1:8080/function/router"
     model: str = ""
     concurrency: Annotated[int, Meta(ge=1, le=1024)] = 8
     timeout: Seconds = Seconds(30)
+    key_secret: str = "router-key"  # noqa: S105
 
 
 class RecordsTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

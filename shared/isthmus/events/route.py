@@ -70,8 +70,10 @@ class RouterReply:
 class RouterRoute:
     """Sends messages to the router of the configuration; any thread may call."""
 
-    def __init__(self, table: RouterTable, trust: TlsTrust | None = None) -> None:
+    def __init__(self, table: RouterTable, trust: TlsTrust | None = None, key: str = "") -> None:
         self.url = table.url
+        # After what callers sent: a message is not the router's own caller.
+        self._key = {"Authorization": f"Bearer {key}"} if key else {}
         self._timeout_s = float(table.timeout)
         self._query = f"model={quote(table.model, safe=':')}" if table.model else ""
         connect_s = min(_CONNECT_TIMEOUT_S, self._timeout_s)
@@ -119,7 +121,7 @@ class RouterRoute:
             "X-Timeout": f"{max(1, int(self._timeout_s * 1000))}ms",
         }
         plain = {name: value for name, value in own.items() if _is_plain(value)}
-        return {**dict(forwarded(message.headers)), **plain}
+        return {**dict(forwarded(message.headers)), **plain, **self._key}
 
 
 def _preference(message: Message, wait_s: int | None) -> dict[str, str]:

@@ -12,8 +12,16 @@ from isthmus.errors import IsthmusError, RequestMalformed
 from isthmus.units import format_duration, format_size
 from isthmus_tools.cli.completion import complete_models
 from isthmus_tools.cli.console import err, errors, print_json, tell, warn
-from isthmus_tools.cli.infer import ROUTER
-from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, cut_option, registry_settings
+from isthmus_tools.cli.infer import ROUTER, ModelPlace
+from isthmus_tools.cli.options import (
+    DEFAULT_REGISTRY,
+    ApiKey,
+    AsJson,
+    RegistryOption,
+    cut_option,
+    read_api_key,
+    registry_settings,
+)
 from isthmus_tools.printable import printable
 
 if TYPE_CHECKING:
@@ -52,6 +60,7 @@ def chat(
         float, typer.Option(help="Longest time for one answer, in seconds.", min=0.001, max=86_400)
     ] = 600.0,
     registry: RegistryOption = DEFAULT_REGISTRY,
+    api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Talk with a language model: tokens as they come, then their rate, bytes over the link, and each layer's place.
@@ -71,7 +80,9 @@ def chat(
         if cut and not local:
             raise RequestMalformed("--cut needs --local: a router has routes of its own", option="--cut")
         options = ChatOptions(max_tokens=max_tokens, temperature=temperature, seed=seed, timeout_s=timeout)
-        conversation = Conversation(_open(model, url, local, cut, timeout, registry), options, system)
+        conversation = Conversation(
+            _open(model, ModelPlace(url, local, cut, timeout, registry, read_api_key(api_key))), options, system
+        )
         if prompt:
             _answer_once(conversation, prompt, as_json)
         else:
@@ -93,13 +104,20 @@ def _piped() -> str:
     return prompt
 
 
-def _open(model: str, url: str, local: bool, cut: str, timeout_s: float, registry: str) -> ChatModel:
+def _open(model: str, place: ModelPlace) -> ChatModel:
     from isthmus_tools.usecases.chat import LocalChat, open_chat
 
-    settings = registry_settings(registry)
-    if local:
-        return LocalChat(model, settings, cut)
-    opened = open_chat(model, url or ROUTER, settings, is_default=not url, timeout_s=timeout_s)
+    settings = registry_settings(place.registry)
+    if place.local:
+        return LocalChat(model, settings, place.cuts)
+    opened = open_chat(
+        model,
+        place.url or ROUTER,
+        settings,
+        is_default=not place.url,
+        timeout_s=place.timeout_s,
+        api_key=place.api_key,
+    )
     if isinstance(opened, LocalChat):
         tell(f"no router answers at {ROUTER}: the model runs in this process; isthmus up serves it")
     return opened

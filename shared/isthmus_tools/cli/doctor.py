@@ -80,7 +80,7 @@ def doctor(
         _security(stack, gateway or [], secrets, registry, as_json)
         return
     findings = [finding for look in (_python, _packages, _runtime, _tools, _machine, _port) for finding in look()]
-    findings += _registry(registry)
+    findings += [*_registry(registry), *_access(stack, registry)]
     broken = any(f.state == "missing" for f in findings)
     if as_json:
         print_json({"ok": not broken, "findings": [asdict(f) for f in findings]})
@@ -121,6 +121,22 @@ def _security(stack: Path, gateways: Sequence[str], secrets: Path | None, regist
         say("nothing critical or high is open" if result.is_safe else "something is open", _color(result.is_safe))
     if not result.is_safe:
         raise typer.Exit(1)
+
+
+def _access(stack: Path, registry: str) -> Iterator[Finding]:
+    """Functions of the stack file that are open to anyone; nothing without a stack file here."""
+    from isthmus_tools.engine.stack import read_stack
+
+    if not stack.is_file():
+        return
+    try:
+        functions = read_stack(stack, stack_variables(registry)).functions.values()
+    except IsthmusError:
+        return  # its own command tells what is wrong with it
+    wrong = [f.name for f in functions if f.environment.get("access") == "anyone"]
+    if wrong:
+        found = f"access=anyone opens {', '.join(wrong)} to whoever reaches {'it' if len(wrong) == 1 else 'them'}"
+        yield Finding(str(stack), "absent", found, "give callers keys: docs/how-to/callers.md")
 
 
 def _color(is_safe: bool) -> str | None:

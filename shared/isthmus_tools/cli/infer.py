@@ -16,10 +16,12 @@ from isthmus_tools.cli.completion import complete_models
 from isthmus_tools.cli.console import errors, print_json, run, say, table, warn
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
+    ApiKey,
     AsJson,
     RegistryOption,
     check_output,
     cut_option,
+    read_api_key,
     registry_settings,
 )
 from isthmus_tools.zoo.photos import read_photo
@@ -61,6 +63,7 @@ def infer(
         float, typer.Option(help="Longest wait for one answer, in seconds.", min=0.001, max=86_400)
     ] = 30.0,
     registry: RegistryOption = DEFAULT_REGISTRY,
+    api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Classify photos, or run tensors through a model.
@@ -71,8 +74,8 @@ def infer(
     Example: `isthmus infer cat.jpg`, `isthmus infer photos/ --output results.jsonl`, or
     `isthmus infer --model magika --tensor bytes=input.npy --output out.npz`
     """
-    where = ModelPlace(url, local, cuts, timeout, registry)
     with errors(as_json):
+        where = ModelPlace(url, local, cuts, timeout, registry, read_api_key(api_key))
         # A model without inputs takes neither photos nor tensors.
         if (photos and tensor) or not (photos or tensor or model):
             raise RequestMalformed("name photos to classify, or tensors with --tensor NAME=FILE.npy, not both")
@@ -95,6 +98,7 @@ class ModelPlace:
     cuts: str
     timeout_s: float
     registry: str
+    api_key: str | None = None
 
     def model(self, name: str) -> LocalModel:
         from isthmus_tools.usecases.local_model import LocalModel
@@ -112,7 +116,8 @@ class ModelPlace:
         from isthmus.client import Client
         from isthmus.http.tls import open_trust
 
-        return Client(self.url, timeout_s=self.timeout_s, trust=open_trust(registry_settings(self.registry)))
+        trust = open_trust(registry_settings(self.registry))
+        return Client(self.url, timeout_s=self.timeout_s, trust=trust, api_key=self.api_key)
 
 
 def _photos(photos: list[Path], model: str, where: ModelPlace, top_k: int | None, as_json: bool) -> None:

@@ -20,6 +20,8 @@ from isthmus_tools.cli.completion import complete_aliases, complete_cuts, comple
 from isthmus_tools.cli.environment import CACHE_DIR
 from isthmus_tools.figures.style import SUFFIXES
 
+# Tokens of identity providers have some thousand bytes.
+_MAX_KEY_BYTES = 16 * 2**10
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 RegistryOption = Annotated[
     str,
@@ -33,6 +35,14 @@ ModelArgument = Annotated[
     str, typer.Argument(help="NAME or NAME:VERSION of a bundle in the registry.", autocompletion=complete_models)
 ]
 Alias = Annotated[str, typer.Option(help="Let this alias mean the new version.", autocompletion=complete_aliases)]
+ApiKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--api-key",
+        metavar="FILE",
+        help="A file with the key for the router; by default the environment's ISTHMUS_API_KEY.",
+    ),
+]
 DropPlan = Annotated[
     bool,
     typer.Option(
@@ -158,6 +168,22 @@ def in_registry(command: str, registry: str) -> str:
     if registry in (DEFAULT_REGISTRY, os.environ.get("ISTHMUS_REGISTRY")):
         return command
     return f"{command} --registry {shlex.quote(registry)}"
+
+
+def read_api_key(file: Path | None) -> str | None:
+    """The key in a file, without the line break of editors; None without a file. Not an option: `ps` shows those.
+
+    Raises:
+        OSError: the file cannot be read.
+        RequestMalformed: longer than any key.
+    """
+    if file is None:
+        return None
+    with file.open("rb") as f:
+        data = f.read(_MAX_KEY_BYTES + 1)
+    if len(data) > _MAX_KEY_BYTES:
+        raise RequestMalformed(f"{file} has more than {_MAX_KEY_BYTES} bytes: it holds no key", option="--api-key")
+    return data.decode("latin-1").strip()
 
 
 def read_option(parse: Callable[[str], Number], option: str, text: str) -> Number:

@@ -14,7 +14,7 @@ from isthmus.errors import IsthmusError, RequestMalformed
 from isthmus.units import format_duration, format_rate, parse_duration
 from isthmus_tools.cli.console import errors, out, print_json, say, table
 from isthmus_tools.cli.infer import ROUTER
-from isthmus_tools.cli.options import AsJson, read_option, registry_settings
+from isthmus_tools.cli.options import ApiKey, AsJson, read_api_key, read_option, registry_settings
 from isthmus_tools.cli.termination import until_signal
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def top(
     interval: Annotated[str, typer.Option(help="Time between looks, at least 100ms.")] = "1s",
     once: Annotated[bool, typer.Option("--once", help="Print one look, and leave.")] = False,
     timeout: Annotated[float, typer.Option(help="Longest wait for a look, in seconds.", min=0.001, max=86_400)] = 5.0,
+    api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a router's routes, links, circuit breakers and queue, live, until Ctrl-C.
@@ -49,7 +50,8 @@ def top(
         interval_s = read_option(parse_duration, "--interval", interval)
         if interval_s < MIN_INTERVAL_S:
             raise RequestMalformed(f"--interval is {interval}; it is at least {format_duration(MIN_INTERVAL_S)}")
-        view = RouterView(url, timeout_s=timeout, trust=open_trust(registry_settings("")))
+        trust = open_trust(registry_settings(""))
+        view = RouterView(url, timeout_s=timeout, trust=trust, api_key=read_api_key(api_key))
         # The first look may fail: a wrong URL is an error of the command, not a router that is away.
         state = view.state()
         if as_json:

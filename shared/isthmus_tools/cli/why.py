@@ -18,11 +18,13 @@ from isthmus_tools.cli.infer import ROUTER, ModelPlace
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     PICTURES,
+    ApiKey,
     AsJson,
     RegistryOption,
     Tensors,
     check_output,
     cut_option,
+    read_api_key,
 )
 from isthmus_tools.zoo.photos import read_photo
 
@@ -66,6 +68,7 @@ def why(
         float, typer.Option(help="Longest wait for the answer, in seconds.", min=0.001, max=86_400)
     ] = 60.0,
     registry: RegistryOption = DEFAULT_REGISTRY,
+    api_key: ApiKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Show which parts of a photo, or which tokens, decided for a class.
@@ -75,8 +78,8 @@ def why(
     Example: `isthmus why flower.jpg --local --output heat.png`, or
     `isthmus why --model sentiment --tensor input_ids=ids.npy --tokens tokens.txt`
     """
-    place = ModelPlace(url, local, cuts, timeout, registry)
     with errors(as_json):
+        place = ModelPlace(url, local, cuts, timeout, registry, read_api_key(api_key))
         if (photo is None) == (not tensor):
             raise RequestMalformed("name a photo, or tensors with --tensor NAME=FILE.npy")
         if output is not None:

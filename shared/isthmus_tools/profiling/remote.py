@@ -127,7 +127,8 @@ class ProfiledFunction:
         self.url = url.rstrip("/")
         self.protection, self.trust = protection, trust
         self._headers = {"Authorization": f"Bearer {token}", "Content-Type": frames.CONTENT_TYPE}
-        self._client = Client(self.url, timeout_s=timeout_s, trust=trust)
+        # The header above is of these calls alone: a key for routers is none for functions.
+        self._client = Client(self.url, timeout_s=timeout_s, trust=trust, api_key="")
 
     def device(self) -> Device:
         """The function's device.

@@ -105,8 +105,10 @@ class ChatModel(Protocol):
 class RouterChat:
     """A model behind a router. Units: `timeout_s`, in seconds, bounds an answer."""
 
-    def __init__(self, url: str, model: str, *, timeout_s: float, trust: TlsTrust | None = None) -> None:
-        self._client, self._model = Client(url, timeout_s=timeout_s, trust=trust), model
+    def __init__(
+        self, url: str, model: str, *, timeout_s: float, trust: TlsTrust | None = None, api_key: str | None = None
+    ) -> None:
+        self._client, self._model = Client(url, timeout_s=timeout_s, trust=trust, api_key=api_key), model
         self.context = 0
 
     def check(self) -> None:
@@ -272,14 +274,22 @@ class Conversation:
         return True
 
 
-def open_chat(model: str, url: str, registry: RegistrySettings, *, is_default: bool, timeout_s: float) -> ChatModel:
+def open_chat(
+    model: str,
+    url: str,
+    registry: RegistrySettings,
+    *,
+    is_default: bool,
+    timeout_s: float,
+    api_key: str | None = None,
+) -> ChatModel:
     """The model behind the router at `url`; with `is_default`, where no router answers, the registry's in this process.
 
     Raises:
         HopUnavailable: no router answers.
         Errors of LocalChat.
     """
-    chat = RouterChat(url, model, timeout_s=timeout_s, trust=open_trust(registry))
+    chat = RouterChat(url, model, timeout_s=timeout_s, trust=open_trust(registry), api_key=api_key)
     try:
         chat.check()
     except HopUnavailable:

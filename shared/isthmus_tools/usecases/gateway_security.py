@@ -71,7 +71,7 @@ class FunctionProbe:
 
     def __init__(self, name: str, url: str, trust: TlsTrust, timeout_s: float) -> None:
         self._name, self._url, self._trust, self._timeout_s = name, url, trust, timeout_s
-        self._client = Client(url, timeout_s=timeout_s, trust=trust)
+        self._client = Client(url, timeout_s=timeout_s, trust=trust, api_key="")
         self._headers: Mapping[str, str] = {}
         self._answered_at = 0.0
 
@@ -240,7 +240,7 @@ def _transport(gateway: str, trust: TlsTrust, timeout_s: float) -> Iterator[Secu
 def _administration(gateway: str, trust: TlsTrust, timeout_s: float) -> SecurityFinding:
     """Whether the gateway lets strangers list, and so deploy, functions."""
     try:
-        Client(gateway, timeout_s=timeout_s, trust=trust).get("/system/functions")
+        Client(gateway, timeout_s=timeout_s, trust=trust, api_key="").get("/system/functions")
         wrong = [gateway]
     except (HopTimeout, HopUnavailable):
         raise

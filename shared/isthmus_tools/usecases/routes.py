@@ -13,15 +13,17 @@ from isthmus.routing.state import RouterState
 class RouterView:
     """A router at `url`, looked at again and again over one connection.
 
-    Units: `timeout_s`, the longest wait for one response, in seconds.
+    Units: `timeout_s`, the longest wait for one response, in seconds; `api_key` as of `Client`.
 
     Raises:
         RequestMalformed: `url` is no URL.
     """
 
-    def __init__(self, url: str, *, timeout_s: float, trust: TlsTrust | None = None) -> None:
+    def __init__(
+        self, url: str, *, timeout_s: float, trust: TlsTrust | None = None, api_key: str | None = None
+    ) -> None:
         self.url = url
-        self._client = Client(url, timeout_s=timeout_s, trust=trust)
+        self._client = Client(url, timeout_s=timeout_s, trust=trust, api_key=api_key)
 
     def state(self) -> RouterState:
         """The state now.

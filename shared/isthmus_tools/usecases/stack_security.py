@@ -39,6 +39,7 @@ def stack_findings(stack: Stack) -> Iterator[SecurityFinding]:
     """What the stack file leaves open."""
     functions = list(stack.functions.values())
     yield _hop_keys(functions)
+    yield _open_to_anyone(functions)
     yield from _hops(functions)
     yield _trusted_keys(functions)
     yield _secrets_in_environment(functions)
@@ -64,6 +65,17 @@ def _hop_keys(functions: list[FunctionSpec]) -> SecurityFinding:
         "no secret hop-keys: whoever reaches the function can run every segment of the registry",
         "create the secret and name it in ISTHMUS_SECRETS, for all of these functions: docs/reference/sealing.md",
         right="every function that calls or runs segments has the secret hop-keys",
+    )
+
+
+def _open_to_anyone(functions: list[FunctionSpec]) -> SecurityFinding:
+    return judged(
+        "access",
+        "critical",
+        [f.name for f in functions if f.environment.get("access") == "anyone"],
+        "access=anyone: whoever reaches the function may use it",
+        "leave access unset, and give the function the secret callers: docs/how-to/callers.md",
+        right="no function is open to anyone by its settings",
     )
 
 

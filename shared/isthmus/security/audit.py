@@ -1,4 +1,4 @@
-"""The audit log of a registry: who changed what, a chain in which each entry names the digest of the one before.
+"""The audit log of a registry: changes and their authors, a chain in which each entry names its predecessor's digest.
 
 Entry n is the key `audit/<n, twelve digits>`, written only where the key is absent, so that writers at the same time
 make one linear chain. `audit/head` names number and digest of a late entry: where to append, and how many there were.
@@ -25,7 +25,7 @@ from isthmus.errors import Missing, RegistryError
 
 SCHEMA = "isthmus.audit/1"
 FIRST_PREVIOUS = "sha256:" + "0" * 64
-"""What the first entry names in place of a digest before it."""
+"""The predecessor's digest in the first entry."""
 MAX_ENTRY_BYTES = 16 * 2**10
 _PREFIX = "audit/"
 _HEAD = "audit/head"
@@ -41,7 +41,7 @@ _Text = Annotated[str, msgspec.Meta(max_length=1024)]
 
 
 class AuditStore(Protocol):
-    """What the log needs of the registry's store; see `BlobStore`."""
+    """The part of the registry's store that the log needs; see `BlobStore`."""
 
     @property
     def url(self) -> str:
@@ -72,7 +72,7 @@ class Retries(Protocol):
 
 
 class AuditEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One change. `who` is what the writer says of itself; `id` is random: no two entries have the same bytes."""
+    """A change. `who` is the writer's own statement; `id` is random: no two entries have the same bytes."""
 
     schema: str
     number: Annotated[int, msgspec.Meta(ge=1)]
@@ -86,7 +86,7 @@ class AuditEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 @dataclass(frozen=True)
 class ChainMark:
-    """A number of entries and the digest of the last of them; whoever keeps one elsewhere notices what is cut off."""
+    """A number of entries and the last entry's digest; a copy in another place shows a truncated log."""
 
     number: int = 0
     digest: str = FIRST_PREVIOUS
@@ -103,7 +103,7 @@ class ChainMark:
 
 @dataclass(frozen=True)
 class ChainBreak:
-    """The first entry that is not what was appended, and how that shows."""
+    """The first entry that differs from the appended entry, and the evidence."""
 
     number: int
     reason: str
@@ -111,7 +111,7 @@ class ChainBreak:
 
 @dataclass(frozen=True)
 class ChainCheck:
-    """The end of the verified part of the chain, and where it breaks; None where every entry follows."""
+    """The end of the verified part of the chain, and the break; None where every entry follows."""
 
     verified: ChainMark
     broken: ChainBreak | None
@@ -139,7 +139,7 @@ class AuditLog:
                 )
             if self._store.put_if_absent(_key(entry.number), data):
                 break
-            # Another writer was first: its entry is the one before ours.
+            # Another writer was first: its entry is the predecessor.
             last = ChainMark(entry.number, _digest(self._read(entry.number)))
         # Behind by some entries where writers overtake one another: the loop above walks on from there. Not written by
         # a killed writer: the next one walks on likewise.
@@ -152,7 +152,7 @@ class AuditLog:
         return len(self._numbers())
 
     def entries(self, *, after: int = 0) -> Iterator[AuditEntry]:
-        """The entries in order, those numbered above `after`.
+        """The entries in order, with numbers above `after`.
 
         Raises:
             RegistryError: an entry is unreadable; `verify` names it.
@@ -168,7 +168,7 @@ class AuditLog:
             yield entry
 
     def verify(self, checkpoint: ChainMark | None = None) -> ChainCheck:
-        """Whether every entry follows the one before, through `audit/head` and `checkpoint`.
+        """Whether every entry follows its predecessor, through `audit/head` and `checkpoint`.
 
         Entries that were cut off at the end together with the head show by a checkpoint alone, and so does a chain
         that was written anew.
@@ -223,7 +223,7 @@ class AuditLog:
 
 
 def local_user() -> str:
-    """The user and the machine of this process: who changes something by a command. Nobody has proved it."""
+    """The user and the machine of this process: the author of a command's change, without proof."""
     try:
         name = getpass.getuser()
     except (OSError, KeyError):  # a container without an entry for its user
@@ -245,7 +245,7 @@ def _entry(last: ChainMark, who: str, what: str, facts: Mapping[str, Any]) -> Au
 
 
 def _fault(number: int, data: bytes, before: ChainMark) -> str:
-    """What shows that the entry does not follow; empty where it does."""
+    """The evidence that the entry does not follow; empty where the entry follows."""
     if (entry := _parsed(data)) is None:
         return "it is unreadable"
     if entry.number != number:

@@ -1,6 +1,6 @@
 """API keys of callers, from the secret `callers`: a line of JSON each, with the digest of the key and never the key.
 
-A key is 32 random bytes, so that one SHA-256 suffices where a password would need a slow hash.
+A key is 32 random bytes, so that a plain SHA-256 suffices where a password would need a slow hash.
 Source: docs/how-to/callers.md.
 """
 
@@ -39,7 +39,7 @@ _ADVICE = (
 
 
 class CallerEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A line of the secret. `roles` maps each role to the models that it is for; `*` is every model."""
+    """A line of the secret. `roles` maps each role to its models; `*` is every model."""
 
     name: Annotated[str, Meta(pattern=f"^{NAME}$")]
     key: Annotated[str, Meta(pattern="^sha256:[0-9a-f]{64}$")]
@@ -62,7 +62,7 @@ def new_key() -> str:
 
 
 def key_digest(key: str) -> str:
-    """What is stored of a key."""
+    """The stored digest of a key."""
     return f"sha256:{hashlib.sha256(key.encode('utf-8', 'replace')).hexdigest()}"
 
 
@@ -128,7 +128,7 @@ def _refusal(where: str, reason: str) -> SettingsError:
 class CallerFile:
     """The callers of the secret in `folder`, read again where it changed; thread-safe.
 
-    A secret that was there at the start and has gone since has no callers: nobody gets in by its absence.
+    A secret that was there at the start and has gone since has no callers: its absence lets no caller in.
     `on_error` hears of a change that cannot be used; the callers from before it stay.
     """
 

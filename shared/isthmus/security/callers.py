@@ -1,4 +1,4 @@
-"""Callers of functions: who they are, and which roles they have for which models."""
+"""Callers of functions: identity, and roles for models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ALL_MODELS = "*"
 
 
 class Role(StrEnum):
-    """What a caller may do."""
+    """An act that a caller may be allowed."""
 
     INFER = "infer"
     PIN = "pin"
@@ -46,7 +46,7 @@ class Caller:
         return bool(self.models.get(role) or self.models.get(Role.ADMINISTER))
 
     def may(self, role: Role, model: str) -> bool:
-        """Whether the caller has the role for the model of this name; who administers may do everything."""
+        """Whether the caller has the role for the model of this name; an administrator has every role."""
         return any(
             model in names or ALL_MODELS in names
             for names in (self.models.get(role, ()), self.models.get(Role.ADMINISTER, ()))
@@ -54,7 +54,7 @@ class Caller:
 
 
 EVERYONE = Caller("", "anyone", {Role.ADMINISTER: frozenset((ALL_MODELS,))})
-"""Whoever calls a function that is open, or open to its own machine."""
+"""The caller of a function that is open, or open to its own machine."""
 
 
 def grants(roles: Iterable[str], models: Iterable[str]) -> dict[Role, frozenset[str]]:

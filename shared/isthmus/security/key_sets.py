@@ -25,7 +25,7 @@ from isthmus.http.pool import BrokenOff, ConnectionPool, ResponseTooLong, Unreac
 MAX_SET_BYTES = 256 * 2**10
 MAX_KEYS = 64
 MIN_RSA_BITS, MAX_RSA_BITS = 2048, 8192
-# A key set is fetched within requests, which wait for it.
+# A key set is fetched within requests, so that requests wait for the fetch.
 FETCH_S = 5.0
 # Between fetches for unknown key ids: callers choose the ids of their tokens.
 MIN_AGE_S = 10.0
@@ -48,7 +48,7 @@ class KeySetSource(Protocol):
 class IssuerKeys:
     """The keys by algorithm and id; thread-safe.
 
-    A set older than `refresh_s` is read again; while that fails it is used up to `max_age_s`. One request reads, and
+    A set older than `refresh_s` is read again; while that fails, the old set is used up to `max_age_s`. A single request reads, and
     others take what is there.
     """
 
@@ -69,7 +69,7 @@ class IssuerKeys:
         self._lock = threading.Lock()
 
     def find(self, algorithm: str, key_id: str) -> PublicKey | None:
-        """The key for tokens of that algorithm and key id, or the set's only key for it where they name no id.
+        """The key for tokens of that algorithm and key id, or the set's only key for it where the token names no id.
 
         Raises:
             IssuerUnavailable: no set was ever read, or the last one is older than `max_age_s`.
@@ -141,14 +141,14 @@ def parse_key_set(data: bytes) -> dict[tuple[str, str], PublicKey]:
 
 
 def _public_key(document: Any) -> tuple[str, PublicKey] | None:
-    """A key and the algorithm that it is for; None for any other."""
+    """A key and its algorithm; None for any other key."""
     if not isinstance(document, dict) or document.get("use", "sig") != "sig":
         return None
     kind, curve = document.get("kty"), document.get("crv")
     algorithm = "RS256" if kind == "RSA" else next((a for a, c in _CURVES.items() if c == curve), "")
     if not algorithm or document.get("alg", algorithm) not in (algorithm, curve):
         return None
-    # Of a private key, which has no place in a key set, the public part alone.
+    # Of a private key, misplaced in a key set, the public part alone.
     public = {name: document[name] for name in ("kty", "crv", "x", "y", "n", "e") if name in document}
     try:
         if kind == "RSA":
@@ -162,7 +162,7 @@ def _public_key(document: Any) -> tuple[str, PublicKey] | None:
 
 
 def key_set_source(address: str) -> KeySetSource:
-    """What reads the key set at the URL or path `address`.
+    """The reader of the key set at the URL or path `address`.
 
     Raises:
         SettingsError: a URL of http:// whose host is beyond this machine and cluster: whoever is on the way could put

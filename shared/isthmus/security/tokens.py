@@ -1,6 +1,6 @@
 """JSON web tokens of callers: signature, issuer, audience and times, and roles from their claims.
 
-Sources: RFC 7519; RFC 8725 (best current practices), whose sections are named where they decide.
+Sources: RFC 7519; RFC 8725 (best current practices), with section numbers at the decisions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAX_MODELS = 256
 
 
 class _Algorithms(JWSRegistry):
-    """The algorithms; the library's own registry warns of the name EdDSA, which issuers go on using (RFC 9864)."""
+    """The algorithms; the library's own registry warns of the name EdDSA, still in use by issuers (RFC 9864)."""
 
     max_header_length = 4096  # some issuers add the chain of their certificates
 
@@ -45,7 +45,7 @@ _REGISTRY = _Algorithms()
 
 
 class TokenVerifier:
-    """Verifies the tokens of one issuer; thread-safe."""
+    """Verifies the tokens of an issuer; thread-safe."""
 
     def __init__(self, settings: AccessSettings, keys: IssuerKeys, clock: Callable[[], float] = time.time) -> None:
         self._settings, self._keys, self._clock = settings, keys, clock
@@ -101,7 +101,7 @@ class TokenVerifier:
         subject = _claim(claims, settings.jwt_caller_claim)
         if not isinstance(subject, str) or not subject:
             raise _refused("claims", f"its claim {settings.jwt_caller_claim} names nobody")
-        # A colon is in no name of a key: a token's subject cannot pass for it.
+        # A colon is in no name of a key: a token's subject cannot pass for a key's name.
         name = "jwt:" + "".join(c if c.isprintable() and c.isascii() else "?" for c in subject)[:_MAX_NAME]
         models = frozenset[str]()
         if settings.jwt_models_claim:

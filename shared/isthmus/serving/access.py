@@ -1,4 +1,4 @@
-"""Who may use a function: every request is authenticated, held against the table of roles, and counted by its caller.
+"""Access to a function: every request is authenticated, held against the table of roles, and counted by its caller.
 
 Source: docs/how-to/callers.md.
 """
@@ -36,7 +36,7 @@ _UNCONFIGURED = (
 
 @dataclass(frozen=True)
 class AdmittedCaller:
-    """An admitted request: its caller, the roles that it needs for its model, and headers of the caller's limits."""
+    """An admitted request: its caller, the roles needed for its model, and headers of the caller's limits."""
 
     caller: Caller
     roles: tuple[Role, ...] = ()
@@ -89,7 +89,7 @@ class Access:
         self._limits = limits if limits.requests_per_s or limits.bytes_per_s else None
 
     def warn(self) -> None:
-        """Say at the start where the function is open, or where nobody has a key yet."""
+        """Log a warning at the start where the function is open, or where no caller has a key yet."""
         if self._settings.access == "anyone":
             text = "access=anyone: whoever reaches this function may use it"
         elif not self.names_callers:
@@ -117,7 +117,7 @@ class Access:
         headers = EnvironHeaders(environ)  # type: ignore[arg-type]
         credential = credential_of(headers)
         caller = self._caller(credential, environ, headers, need)
-        if endpoint is None:  # of an unknown path those who may call are told
+        if endpoint is None:  # authenticated callers get the 404 of an unknown path
             return AdmittedCaller(caller)
         if need is None:
             raise CallerForbidden(f"the route {endpoint} has no row in the table of roles, so nobody may use it")
@@ -134,7 +134,7 @@ class Access:
 
     def _caller(self, credential: str, environ: Mapping[str, Any], headers: Headers, need: Need | None) -> Caller:
         if need is not None and need.by_itself:
-            # The credential may be another one, such as the profile's.
+            # The credential may be of another kind: the profile's token.
             return self._keys.find(credential) or EVERYONE if credential else EVERYONE
         if self.names_callers and credential:
             return self._known(credential)
@@ -187,7 +187,7 @@ def credential_of(headers: Headers) -> str:
     if scheme.lower() == "bearer":
         return text.strip()
     if scheme.lower() == "basic" and len(text) <= 2 * MAX_CREDENTIAL_BYTES:
-        # Browsers send what a person types into their dialogue with every request, a foreign page's too.
+        # Browsers send the password of their dialogue with every request, a foreign page's too.
         if headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
             return ""
         try:
@@ -198,7 +198,7 @@ def credential_of(headers: Headers) -> str:
 
 
 def stranger_in(environ: Mapping[str, Any], headers: Headers) -> str:
-    """What of a request names another machine than this one; empty where nothing does.
+    """The part of a request that names another machine; empty for a request of this machine.
 
     Headers can be forged or absent, and a relay on this machine may hide where a request came from: headers only ever
     refuse here. The host, and the origin of a page, are those that a browser was sent to (DNS rebinding).

@@ -1,4 +1,4 @@
-"""Which role each route of each function needs. A route without a row lets nobody in, and a test finds it."""
+"""The role that each route of each function needs. A route without a row admits no caller, and fails a test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from isthmus.security.callers import Role
 
 @dataclass(frozen=True)
 class Need:
-    """What a route needs: a role, or nothing.
+    """The need of a route: a role, or nothing.
 
     `is_open`: probes and files without facts, for anyone. `by_itself`: the route's handler authenticates its calls.
     `pins`: query parameters that choose a route, and so need the role for that too.
@@ -32,7 +32,7 @@ ROUTER: Mapping[str, Need] = {
     "ready": _OPEN,
     "live": _OPEN,
     "server_ready": _OPEN,
-    "page_asset": _OPEN,  # a browser fetches scripts and styles, which every Isthmus has alike
+    "page_asset": _OPEN,  # scripts and styles for browsers, the same in every Isthmus
     "answer": _INFER,
     "explain": _INFER,
     "continue": _INFER,
@@ -64,7 +64,7 @@ ROUTER: Mapping[str, Need] = {
 }
 SEGMENT: Mapping[str, Need] = {
     "ready": _OPEN,
-    # Calls of routers, protected by the secret `hop-keys` where it is there.
+    # Calls of routers, protected by the secret `hop-keys` if present.
     "run": _OWN,
     "load": _OWN,
     "end_session": _OWN,
@@ -87,5 +87,5 @@ TABLES: Mapping[str, Mapping[str, Need]] = {"router": ROUTER, "segment": SEGMENT
 
 
 def without_hop_keys(table: Mapping[str, Need]) -> Mapping[str, Need]:
-    """The table of a segment function that cannot authenticate its calls: they need what other routes need."""
+    """The table of a segment function that cannot authenticate its calls: the role of predictions instead."""
     return {**table, **dict.fromkeys(("run", "load", "end_session"), _INFER)}

@@ -48,8 +48,8 @@ class KeySetSource(Protocol):
 class IssuerKeys:
     """The keys by algorithm and id; thread-safe.
 
-    A set older than `refresh_s` is read again; while that fails, the old set is used up to `max_age_s`. A single request reads, and
-    others take what is there.
+    A set older than `refresh_s` is read again; while that fails, the old set is used up to `max_age_s`. A single
+    request reads, and the rest take the set that is there.
     """
 
     def __init__(

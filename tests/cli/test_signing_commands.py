@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from isthmus.registry import FolderStore, Registry
 from isthmus.security.ed25519 import read_signing_key
 from isthmus.security.keyring import parse_keyring
 from support.bundles import Published, publish_photos
@@ -16,8 +19,29 @@ from support.cli import document, isthmus, refusal
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Published:
-    return publish_photos(tmp_path_factory.mktemp("photos"))
+def template(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    """Two versions, of which none is signed."""
+    folder = tmp_path_factory.mktemp("template")
+    published = publish_photos(folder / "1")
+    publish_photos(folder / "2", seed=7, registry=published.folder)
+    return published
+
+
+@pytest.fixture
+def photos(template: Published, tmp_path: Path) -> Published:
+    folder = tmp_path / "registry"
+    shutil.copytree(template.folder, folder)
+    return replace(template, folder=folder, registry=Registry(FolderStore(folder)))
+
+
+@dataclass(frozen=True)
+class Release:
+    """A registry's folder, the files of a signing key and of a keyring that trusts it, and the key's id."""
+
+    folder: Path
+    key: Path
+    keyring: Path
+    id: str
 
 
 def ask(*arguments: object) -> Any:
@@ -93,16 +117,73 @@ def test_sign_signs_a_version_and_renews_the_alias_that_names_it(photos: Publish
     assert "signed photos:prod, valid until" in isthmus("sign", "photos", *options).stdout
 
 
-def test_a_signed_alias_moves_with_a_key_alone(photos: Published, tmp_path: Path) -> None:
-    key = tmp_path / "release.pem"
-    ask("key", "new", key)
-    ask("sign", "photos", "--key", key, "--registry", photos.folder)
-    assert ask("promote", "photos:1", "--registry", photos.folder)["alias_moved"] is False
-    photos.registry.publish(photos.bundle, {})
-    other = publish_photos(tmp_path / "other", seed=7, registry=photos.folder)
-    refused = refusal(isthmus("promote", f"photos:{other.version}", "--registry", photos.folder, "--json"))
+@pytest.fixture
+def released(photos: Published, tmp_path: Path) -> Release:
+    """A registry, and a key with its keyring."""
+    key, keyring = tmp_path / "release.pem", tmp_path / "trusted.json"
+    key_id = ask("key", "new", key)["id"]
+    ask("key", "trust", keyring, tmp_path / "release.pub.pem", "--name", "release")
+    return Release(photos.folder, key, keyring, key_id)
+
+
+def test_a_signed_alias_moves_with_a_key_alone(released: Release) -> None:
+    place = ("--registry", released.folder)
+    signed = ask("promote", "photos:1", "--sign-with", released.key, *place)
+    assert (signed["version"], signed["counter"], signed["alias_moved"]) == ("1", 2, True)
+    assert signed["expires"]
+    refused = refusal(isthmus("promote", "photos", "2", *place, "--json"))
     assert (refused["type"], refused["facts"]["reason"]) == ("Untrusted", "not_signed")
     assert "--sign-with" in refused["hint"]
+    text = isthmus("promote", "photos", "2", *place, "--sign-with", released.key, "--expires-days", "7").stdout
+    assert "signed, valid until" in text
+    assert refusal(isthmus("rollback", "photos", *place, "--json"))["type"] == "Untrusted"
+    back = ask("rollback", "photos", *place, "--sign-with", released.key)
+    assert (back["version"], back["alias_was"]) == ("1", "2")
+    # Renewed by `sign`: no step for a rollback to go back to.
+    ask("sign", "photos", "--key", released.key, *place)
+    assert ask("promote", "photos", "2", *place, "--sign-with", released.key)["alias_was"] == "1"
+    assert ask("rollback", "photos", *place, "--sign-with", released.key)["version"] == "1"
+
+
+def test_a_canary_of_a_signed_alias_is_signed_and_begun_with_the_key_alone(released: Release) -> None:
+    place = ("--registry", released.folder)
+    ask("promote", "photos:1", "--sign-with", released.key, *place)
+    begin = ("promote", "photos:2", "--canary", "10%", *place)
+    assert refusal(isthmus(*begin, "--json"))["type"] == "Untrusted"
+    ask(*begin, "--sign-with", released.key)
+    demand = ("--trusted-keys", released.keyring)
+    assert ask("verify", "photos:2", *place, *demand)["good"] is True
+    ask("promote", "photos", "--finish", *place, "--sign-with", released.key)
+    assert ask("verify", "photos", *place, *demand)["version"] == "2"
+
+
+def test_verify_shows_who_signed_and_demands_it_with_a_keyring(released: Release) -> None:
+    place, demand = ("--registry", released.folder), ("--trusted-keys", released.keyring)
+    assert ask("verify", "photos:1", *place)["signers"] == []
+    unsigned = refusal(isthmus("verify", "photos:1", *place, *demand, "--json"))
+    assert (unsigned["type"], unsigned["facts"]["reason"]) == ("Untrusted", "not_signed")
+    ask("sign", "photos:1", "--key", released.key, *place)
+    (signer,) = ask("verify", "photos:1", *place, *demand)["signers"]
+    assert (signer["key"], signer["name"], signer["state"], signer["version"]) == (released.id, "release", "trusted", 1)
+    assert "signed by release: trusted" in isthmus("verify", "photos:1", *place, *demand).stdout
+    assert ask("verify", "photos:1", *place)["signers"][0]["state"] == "unverified"
+    # The alias that is named counts too.
+    assert refusal(isthmus("verify", "photos:prod", *place, *demand, "--json"))["facts"]["reason"] == "not_signed"
+
+
+def test_signatures_go_along_with_published_and_pulled_versions(released: Release, tmp_path: Path) -> None:
+    place, demand = ("--registry", released.folder), ("--trusted-keys", released.keyring)
+    ask("promote", "photos:1", "--sign-with", released.key, *place)
+    mirror = tmp_path / "mirror"
+    assert refusal(isthmus("pull", "photos:2", "--to", mirror, *place, *demand, "--json"))["type"] == "Untrusted"
+    ask("pull", "photos", "--to", mirror, *place, *demand)
+    assert ask("verify", "photos", "--registry", mirror, *demand)["good"] is True
+    # Another registry, another number: the version is signed anew there.
+    target = tmp_path / "target"
+    sent = ask("publish", "photos:2", "--to", target, "--as", "prod", "--sign-with", released.key, *place)
+    assert sent["version"] == "1"
+    assert ask("verify", "photos", "--registry", target, *demand)["good"] is True
+    assert ask("verify", "photos:1", "--registry", target, *demand)["good"] is True
 
 
 @pytest.mark.parametrize("content", [None, "junk"])

@@ -28,7 +28,7 @@ from isthmus.security.keyring import to_json as keyring_json
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.settings import RegistrySettings
 from isthmus.wire import frame as frames
-from isthmus_tools.usecases.signing import sign_version, signers
+from isthmus_tools.usecases.signing import demanded_keyring, sign_version, signers
 from support.bundles import Published, framed, photo, publish_photos, ready, router_settings, segment_settings
 from support.paths import SHARED
 from support.patience import until
@@ -328,9 +328,8 @@ def test_the_signers_of_a_version_are_told_apart(signed: Signed) -> None:
     for key in (signed.key, signed.stranger):
         signed.sign("1", key)
     signed.registry.signatures.put(signed.photos.digest, "f" * 64, b"junk")
-    from isthmus_tools.usecases.signing import read_keyring
-
-    listed = signers(signed.registry, signed.photos.digest, read_keyring(signed.keyring))
+    settings = RegistrySettings(trusted_keys=str(signed.keyring))
+    listed = signers(signed.registry, signed.photos.digest, demanded_keyring(settings))
     assert {(each.key, each.state) for each in listed} == {
         (signed.key.id, "trusted"),
         (signed.stranger.id, "unknown_key"),

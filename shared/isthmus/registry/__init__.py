@@ -6,7 +6,7 @@ from isthmus.registry.addresses import Address, parse_address
 from isthmus.registry.blobs import BlobStore, RemoteStore
 from isthmus.registry.cache import SegmentCache
 from isthmus.registry.folder import FolderStore
-from isthmus.registry.opening import demanded_trust, open_blob_store, open_registry
+from isthmus.registry.opening import NO_KEYRING, demanded_trust, open_blob_store, open_registry
 from isthmus.registry.registry import Registry, Resolved, Version
 from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.registry.s3 import S3Store
@@ -14,6 +14,7 @@ from isthmus.registry.source import BakedSegment, Located, SegmentSource
 from isthmus.settings import RegistrySettings, SegmentSettings
 
 __all__ = [
+    "NO_KEYRING",
     "Address",
     "BakedSegment",
     "BlobStore",

@@ -17,7 +17,7 @@ from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, 
 
 if TYPE_CHECKING:
     from isthmus.arrays import Array
-    from isthmus.registry.aliases import Move
+    from isthmus.registry.aliases import AliasSigner, Move
     from isthmus.routing.state import TrialState
 
 _COLUMNS = ["alias", "release", "version", "requests", "errors", "median", "differ", "state"]
@@ -75,6 +75,7 @@ class CanaryChoice(NamedTuple):
     rule: str
     is_finished: bool
     is_aborted: bool
+    signer: AliasSigner | None = None
 
 
 def change_canary(choice: CanaryChoice, arrays: Mapping[str, Array], registry: str, as_json: bool) -> None:
@@ -101,6 +102,7 @@ def change_canary(choice: CanaryChoice, arrays: Mapping[str, Array], registry: s
             rule=parse_rule(choice.rule),
             alias=choice.alias,
             expected=choice.expected,
+            signer=choice.signer,
             arrays=arrays,
         )
         move = run(begin_canary, request, quiet=as_json).move
@@ -112,6 +114,7 @@ def change_canary(choice: CanaryChoice, arrays: Mapping[str, Array], registry: s
                 is_finished=choice.is_finished,
                 alias=choice.alias,
                 expected=choice.expected,
+                signer=choice.signer,
             )
         )
     _show(move, registry, as_json)

@@ -58,6 +58,13 @@ SignWith = Annotated[
         help="Sign with the key in this file: what functions with trusted keys demand.",
     ),
 ]
+TrustedKeys = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="ISTHMUS_TRUSTED_KEYS",
+        help="Demand signatures as a function with this keyring does: of the version, and of an alias that is named.",
+    ),
+]
 ExpiresDays = Annotated[
     float,
     typer.Option(min=0, max=36_500, help="Validity of the signed alias from now on, in days; 0 is without end."),
@@ -121,8 +128,10 @@ _CACHE_BYTES = "8GiB"
 Number = TypeVar("Number", int, float)
 
 
-def registry_settings(registry: str, cache_dir: str = CACHE_DIR) -> RegistrySettings:
+def registry_settings(registry: str, cache_dir: str = CACHE_DIR, trusted_keys: Path | None = None) -> RegistrySettings:
     """A command's registry settings: a function's variables of the environment, except for three defaults.
+
+    Signatures are demanded with `trusted_keys` alone: commands read and make versions that nobody has signed yet.
 
     Raises:
         SettingsError: as for a function.
@@ -131,8 +140,8 @@ def registry_settings(registry: str, cache_dir: str = CACHE_DIR) -> RegistrySett
     if not Path(RegistrySettings.secrets_dir).is_dir():
         defaults["secrets_dir"] = ENGINE_SECRETS
     variables = {name: text for name, text in os.environ.items() if text.strip()}
-    # Commands read and make versions that nobody has signed yet; the demand is of functions.
-    return RegistrySettings.from_env({**defaults, **variables, "registry": registry, "trusted_keys": "none"})
+    keyring = "none" if trusted_keys is None else str(trusted_keys)
+    return RegistrySettings.from_env({**defaults, **variables, "registry": registry, "trusted_keys": keyring})
 
 
 def stack_variables(registry: str) -> dict[str, str]:

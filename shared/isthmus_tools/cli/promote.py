@@ -8,7 +8,16 @@ import typer
 
 from isthmus_tools.cli.completion import complete_aliases, complete_models
 from isthmus_tools.cli.console import FOLLOWING, errors, print_json, run, say, say_command
-from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, Tensors, in_registry, registry_settings
+from isthmus_tools.cli.options import (
+    DEFAULT_REGISTRY,
+    AsJson,
+    ExpiresDays,
+    RegistryOption,
+    SignWith,
+    Tensors,
+    in_registry,
+    registry_settings,
+)
 
 if TYPE_CHECKING:
     from isthmus.registry.aliases import Move
@@ -49,6 +58,8 @@ def promote(
     finish: Annotated[bool, typer.Option("--finish", help="Let the alias mean its canary, for all callers.")] = False,
     abort: Annotated[bool, typer.Option("--abort", help="End the canary; the alias keeps its version.")] = False,
     tensor: Tensors = None,
+    sign_with: SignWith = None,
+    expires_days: ExpiresDays = 90,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
@@ -61,11 +72,13 @@ def promote(
     from isthmus_tools.cli.canary import CanaryChoice, change_canary
     from isthmus_tools.cli.inputs import read_tensors
     from isthmus_tools.usecases import publish as use_case
+    from isthmus_tools.usecases.signing import open_signer
 
     with errors(as_json):
+        signer = open_signer(sign_with, expires_days)
         if canary or finish or abort or rule:
             reference = f"{model}:{version}" if version else model
-            trial = CanaryChoice(reference, alias, expect, canary, rule, finish, abort)
+            trial = CanaryChoice(reference, alias, expect, canary, rule, finish, abort, signer)
             change_canary(trial, read_tensors(tensor), registry, as_json)
             return
         request = use_case.PromoteRequest(
@@ -75,6 +88,7 @@ def promote(
             alias=alias,
             expected=expect,
             arrays=read_tensors(tensor),
+            signer=signer,
         )
         result = run(use_case.promote, request, quiet=as_json)
         undo = undo_command(result.move, registry)
@@ -96,6 +110,7 @@ def move_document(move: Move) -> dict[str, Any]:
         "counter": move.after.counter,
         "alias_was": move.before.number,
         "alias_moved": move.moved,
+        "expires": None if move.after.expires is None else move.after.expires.isoformat(),
     }
 
 
@@ -111,7 +126,9 @@ def undo_command(move: Move, registry: str) -> str:
 def show_move(move: Move, undo: str) -> None:
     """Print the versions before and after an alias's move, and the command of the undo."""
     after, was = move.after, move.before.number
-    if not move.moved:
+    if after.expires is not None:
+        say(f"signed, valid until {after.expires:%Y-%m-%d %H:%M} UTC")
+    if was == after.number:
         say(f"{after.alias} means {after.name}:{after.number}, as before")
     else:
         before = f"; it meant {after.name}:{was}" if was else ""

@@ -9,7 +9,16 @@ import typer
 from isthmus.units import format_size
 from isthmus_tools.cli.completion import complete_aliases, complete_models
 from isthmus_tools.cli.console import errors, print_json, run, say, say_command
-from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, Tensors, in_registry, registry_settings
+from isthmus_tools.cli.options import (
+    DEFAULT_REGISTRY,
+    AsJson,
+    ExpiresDays,
+    RegistryOption,
+    SignWith,
+    Tensors,
+    in_registry,
+    registry_settings,
+)
 from isthmus_tools.cli.promote import move_document, show_move, undo_command
 
 
@@ -32,6 +41,8 @@ def publish(
         str, typer.Option("--as", help="An alias to move to the version there.", autocompletion=complete_aliases)
     ] = "",
     tensor: Tensors = None,
+    sign_with: SignWith = None,
+    expires_days: ExpiresDays = 90,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
@@ -43,6 +54,7 @@ def publish(
     """
     from isthmus_tools.cli.inputs import read_tensors
     from isthmus_tools.usecases import publish as use_case
+    from isthmus_tools.usecases.signing import open_signer
 
     with errors(as_json):
         request = use_case.PublishRequest(
@@ -53,6 +65,7 @@ def publish(
             alias=alias,
             encrypt_for=encrypt_for or (),
             arrays=read_tensors(tensor),
+            signer=open_signer(sign_with, expires_days),
         )
         result = run(use_case.publish, request, quiet=as_json)
         # The target may have given another number than the source's.

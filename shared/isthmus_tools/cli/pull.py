@@ -12,7 +12,7 @@ from isthmus.errors import RequestMalformed
 from isthmus.units import format_size
 from isthmus_tools.cli.completion import complete_models
 from isthmus_tools.cli.console import errors, print_json, run, say
-from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, registry_settings
+from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, TrustedKeys, registry_settings
 
 
 def pull(
@@ -27,6 +27,7 @@ def pull(
     segment: Annotated[
         str, typer.Option(help="One segment by its id, such as ..31: its bytes alone are fetched.")
     ] = "",
+    trusted_keys: TrustedKeys = None,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
@@ -43,7 +44,7 @@ def pull(
         # No default: one place holds what a function serves, the other what a registry publishes.
         if bool(to) == (cache is not None):
             raise RequestMalformed("pull needs one target: --to FOLDER or --cache FOLDER")
-        settings = registry_settings(registry)
+        settings = registry_settings(registry, trusted_keys=trusted_keys)
         if cache is not None:
             settings = replace(settings, cache_dir=str(cache))
         request = use_case.PullRequest(model=model, registry=settings, folder=to, segment=segment)

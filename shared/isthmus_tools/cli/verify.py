@@ -9,7 +9,7 @@ import typer
 from isthmus.units import format_size
 from isthmus_tools.cli.completion import complete_models
 from isthmus_tools.cli.console import errors, print_json, run, say
-from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, Tensors, registry_settings
+from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, Tensors, TrustedKeys, registry_settings
 
 
 def verify(
@@ -18,6 +18,7 @@ def verify(
     ],
     *,
     tensor: Tensors = None,
+    trusted_keys: TrustedKeys = None,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
@@ -29,7 +30,8 @@ def verify(
     from isthmus_tools.usecases import verify as use_case
 
     with errors(as_json):
-        request = use_case.VerifyRequest(model=model, registry=registry_settings(registry), arrays=read_tensors(tensor))
+        settings = registry_settings(registry, trusted_keys=trusted_keys)
+        request = use_case.VerifyRequest(model=model, registry=settings, arrays=read_tensors(tensor))
         result = run(use_case.verify, request, quiet=as_json)
         version = result.version
         if as_json:
@@ -44,6 +46,7 @@ def verify(
                     "faults": [vars(fault) for fault in result.faults],
                     "ran_s": {each.segment: round(each.seconds, 3) for each in result.runs},
                     "run_fault": result.run_fault,
+                    "signers": [each.document() for each in result.signers],
                 }
             )
         else:
@@ -51,6 +54,8 @@ def verify(
                 say(f"damaged: {fault.digest}: {fault.reason}", "bold red")
             if result.run_fault:
                 say(f"does not run: {result.run_fault}", "bold red")
+            for each in result.signers:
+                say(f"signed by {each.name or each.key or 'nobody'}: {each.state.replace('_', ' ')}")
             counts = f"{result.blobs} blobs, {format_size(result.bytes)} read, {len(result.runs)} segments ran"
             say(f"{version.name}:{version.version}: {'good' if result.is_good else 'not good'}; {counts}", "bold")
         # For scripts, with the reasons on standard output as well.

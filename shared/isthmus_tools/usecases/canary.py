@@ -17,6 +17,7 @@ from isthmus.settings import RegistrySettings
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.publish import PromoteResult, run_missing
 from isthmus_tools.usecases.routes import RouterView
+from isthmus_tools.usecases.signing import sign_version
 
 # A look costs the router less than a request does.
 _LOOK_S = 5.0
@@ -92,6 +93,8 @@ def begin_canary(request: CanaryRequest, progress: Progress = silent) -> Promote
             hint="name another version as the canary",
         )
     runs = run_missing(store, request.registry, tried.digest, request.arrays, progress)
+    if request.signer is not None:
+        sign_version(store, tried, request.signer.key)
     goes_on = present.canary is not None and present.canary.digest == tried.digest
     # The move below is the present counter's successor, or fails.
     began = present.canary.began if goes_on and present.canary is not None else present.counter + 1

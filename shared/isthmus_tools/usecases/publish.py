@@ -11,15 +11,17 @@ from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle
 from isthmus.errors import RegistryError, RequestMalformed
 from isthmus.registry import Registry, Resolved, Version, open_registry
-from isthmus.registry.aliases import PROD, Move, check_alias
+from isthmus.registry.aliases import PROD, AliasSigner, Move, check_alias
 from isthmus.registry.blob_copies import fetch_blob, local_blob, version_content
 from isthmus.registry.content import blob_key
 from isthmus.registry.run_records import all_segments, never_run, record_runs
 from isthmus.registry.sealed_content import grants_of
+from isthmus.registry.signatures import copy_signatures
 from isthmus.settings import RegistrySettings
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.encrypted_copies import copy_encrypted
 from isthmus_tools.usecases.segment_runs import TrialRequest, TrialRun, run_segments
+from isthmus_tools.usecases.signing import sign_version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class PublishRequest:
     With `encrypt_for`, recipients as of `isthmus encrypt --for`, the target gets the content sealed; that of an
     encrypted version it gets as it is. Without `target` the version is run where it is. `alias` moves to the version in
     the end; empty for none. `arrays` are inputs for the run; without, noise in the shapes of the model's example.
+    `signer` signs version and alias.
     """
 
     model: str
@@ -37,6 +40,7 @@ class PublishRequest:
     alias: str = ""
     encrypt_for: Sequence[str] = ()
     arrays: Mapping[str, Array] = field(default_factory=dict)
+    signer: AliasSigner | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class PublishResult:
 class PromoteRequest:
     """An alias to move to `model`, NAME:VERSION or NAME:ALIAS, of `registry`.
 
-    With `expected`, only if the alias's counter is still this one. `arrays` as for `PublishRequest`.
+    With `expected`, only if the alias's counter is still this one. `arrays` and `signer` as for `PublishRequest`.
     """
 
     model: str
@@ -62,6 +66,7 @@ class PromoteRequest:
     alias: str = PROD
     expected: int | None = None
     arrays: Mapping[str, Array] = field(default_factory=dict)
+    signer: AliasSigner | None = None
 
 
 @dataclass(frozen=True)
@@ -102,17 +107,16 @@ def publish(request: PublishRequest, progress: Progress = silent) -> PublishResu
                 return _publish_encrypted(request, source, target, found, progress)
             files, copied = _content(source, target, found.digest, Path(folder), progress)
             progress(f"uploading {found.name} to {settings.registry}")
-            for digest in _manifests(source, found):
+            for digest in reached_manifests(source, found):
                 target.stage(source.bundle(digest), files)
-            copy_signatures(source, target, found.digest)
+                copy_signatures(source.signatures, digest, target.signatures)
         # From the target's own bytes: what is numbered is what ran.
         runs = run_segments(target, TrialRequest(settings, found.digest, request.arrays), progress)
         version = Version(found.name, found.version, found.digest)
         if request.target is not None:
             # Uploads nothing more, and gives the number that is free in the target.
             version = target.publish(found.bundle, files)
-    move = target.move_alias(version.name, request.alias, version.version) if request.alias else None
-    return PublishResult(version, found.bundle, runs, copied, move)
+    return PublishResult(version, found.bundle, runs, copied, _signed_and_moved(request, target, version))
 
 
 def _publish_encrypted(
@@ -124,11 +128,20 @@ def _publish_encrypted(
     """
     runs = run_missing(source, request.registry, found.digest, request.arrays, progress)
     copied = copy_encrypted(source, target, found.digest, request.encrypt_for, progress)
-    copy_signatures(source, target, found.digest)
+    copy_signatures(source.signatures, found.digest, target.signatures)
     record_runs(target, found.bundle, all_segments(found.bundle))
     version = target.publish(found.bundle, {})
-    move = target.move_alias(version.name, request.alias, version.version) if request.alias else None
-    return PublishResult(version, found.bundle, runs, copied, move)
+    return PublishResult(version, found.bundle, runs, copied, _signed_and_moved(request, target, version))
+
+
+def _signed_and_moved(request: PublishRequest, target: Registry, version: Version) -> Move | None:
+    """Sign a version that has its number, and move the alias; the move, if the request names an alias."""
+    if request.signer is not None:
+        # After the number, which is in what is signed: until then functions with trusted keys refuse the version.
+        sign_version(target, target.resolve(f"{version.name}:{version.version}"), request.signer.key)
+    if not request.alias:
+        return None
+    return target.move_alias(version.name, request.alias, version.version, signer=request.signer)
 
 
 def promote(request: PromoteRequest, progress: Progress = silent) -> PromoteResult:
@@ -144,7 +157,11 @@ def promote(request: PromoteRequest, progress: Progress = silent) -> PromoteResu
     # Resolved once: the alias in the request may move while segments run.
     version = store.resolve(request.model)
     runs = run_missing(store, request.registry, version.digest, request.arrays, progress)
-    move = store.move_alias(version.name, request.alias, version.version, expected=request.expected)
+    if request.signer is not None:
+        sign_version(store, version, request.signer.key)
+    move = store.move_alias(
+        version.name, request.alias, version.version, expected=request.expected, signer=request.signer
+    )
     return PromoteResult(move, runs)
 
 
@@ -164,14 +181,7 @@ def run_missing(
     return run_segments(store, TrialRequest(settings, digest, arrays or {}, missing), progress) if missing else []
 
 
-def copy_signatures(source: Registry, target: Registry, digest: str) -> None:
-    """Copy the envelopes of a manifest's signatures."""
-    for key in source.store.list(f"signatures/{digest.removeprefix('sha256:')}/"):
-        data = source.retry_policy(lambda key=key: source.store.get(key, max_bytes=2**20))  # type: ignore[misc]
-        target.retry_policy(lambda key=key, data=data: target.store.put(key, data))  # type: ignore[misc]
-
-
-def _manifests(source: Registry, found: Resolved) -> list[str]:
+def reached_manifests(source: Registry, found: Resolved) -> list[str]:
     """The digests of a version's manifest and of the variants that its plan serves."""
     content = version_content(source, found.digest)
     return [digest for digest in content if digest not in found.bundle.content and _is_manifest(source, digest)]

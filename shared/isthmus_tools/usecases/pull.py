@@ -11,16 +11,17 @@ from pathlib import Path
 
 from isthmus.artifacts.bundle import Blob
 from isthmus.errors import RequestMalformed, StoreFull
-from isthmus.registry import FolderStore, Registry, Resolved, Version, open_cache, open_registry
+from isthmus.registry import NO_KEYRING, FolderStore, Registry, Resolved, Version, open_cache, open_registry
 from isthmus.registry.blob_copies import fetch_blob, version_content
 from isthmus.registry.content import blob_key
 from isthmus.registry.leases import publish_lease
 from isthmus.registry.sealed_content import grants_of
+from isthmus.registry.signatures import copy_signatures
 from isthmus.settings import RegistrySettings
 from isthmus.units import format_size
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.encrypted_copies import copy_encrypted
-from isthmus_tools.usecases.publish import copy_signatures
+from isthmus_tools.usecases.publish import reached_manifests
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -71,7 +72,8 @@ def pull(request: PullRequest, progress: Progress = silent) -> PullResult:
             "a registry holds whole versions, a cache single segments",
             hint=f"isthmus pull {request.model} --segment {request.segment} --cache FOLDER",
         )
-    target = open_registry(replace(request.registry, registry=request.folder))
+    # What was there before may be unsigned; signatures are demanded of what comes.
+    target = open_registry(replace(request.registry, registry=request.folder, trusted_keys=NO_KEYRING))
     if not isinstance(target.store, FolderStore):
         raise RequestMalformed(
             f"{request.folder} is no folder", hint="isthmus publish --to copies to every other store"
@@ -80,11 +82,14 @@ def pull(request: PullRequest, progress: Progress = silent) -> PullResult:
     Path(target.url).mkdir(parents=True, exist_ok=True)
     # A collection of the target waits, or the pull does: it relies on blobs that are there.
     with publish_lease(target.store, target.retry_policy):
+        manifests = [model.digest]
         if grants_of(source.store, model.digest):
             fetched = _sealed_to_folder(source, target, model.digest, progress)
         else:
             fetched = _to_folder(source, target, target.store, model.digest, progress)
-        copy_signatures(source, target, model.digest)
+            manifests = reached_manifests(source, model)
+        for digest in manifests:
+            copy_signatures(source.signatures, digest, target.signatures)
         # The number last: from now on the version is visible, and complete.
         target.mirror(source, version, model.alias.alias if model.alias is not None else "")
     return PullResult(version, request.folder, fetched_bytes=fetched)

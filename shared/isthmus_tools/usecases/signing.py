@@ -10,12 +10,12 @@ from typing import Any
 
 from isthmus.artifacts.plan import read_plan
 from isthmus.artifacts.version_statement import VERSION_STATEMENT, VERSION_TYPE, VersionStatement, to_json
-from isthmus.errors import PlanMalformed, PlanMismatch, SettingsError, Untrusted
-from isthmus.registry import Registry, Resolved, open_registry
+from isthmus.errors import NotGranted, PlanMalformed, PlanMismatch, Untrusted
+from isthmus.registry import NO_KEYRING, Registry, Resolved, open_registry
 from isthmus.registry.aliases import AliasSigner
 from isthmus.security.dsse import Envelope, Signer, read_envelope, sign
 from isthmus.security.ed25519 import read_signing_key
-from isthmus.security.keyring import Keyring, parse_keyring
+from isthmus.security.keyring import Keyring, KeyringFile
 from isthmus.settings import RegistrySettings
 
 DAY_S = 86_400.0
@@ -93,13 +93,13 @@ def sign_model(request: SignRequest) -> SignResult:
     return replace(result, alias=present.alias, counter=move.after.counter, expires=move.after.expires)
 
 
-def open_signer(key: Path | None, expires_s: float = EXPIRY_S) -> AliasSigner | None:
-    """The signer of the key in a file; None without a file.
+def open_signer(key: Path | None, expires_days: float) -> AliasSigner | None:
+    """The signer of the key in a file, with the validity of the aliases that it signs; None without a file.
 
     Raises:
         RequestMalformed: the file holds no signing key.
     """
-    return None if key is None else AliasSigner(read_signing_key(key), expires_s)
+    return None if key is None else AliasSigner(read_signing_key(key), expires_days * DAY_S)
 
 
 def sign_version(registry: Registry, model: Resolved, key: Signer) -> list[str]:
@@ -124,6 +124,8 @@ def _variants(registry: Registry, model: Resolved) -> Iterator[tuple[str, str]]:
         plan = read_plan(model.bundle, registry.blob)
     except (PlanMalformed, PlanMismatch):
         return  # no router serves by it
+    except NotGranted:
+        return  # of an encrypted version: whoever can read its plan signs what it names
     for digest in sorted({each.variant for each in plan.candidates if each.variant} if plan is not None else set()):
         yield digest, registry.bundle(digest).name
 
@@ -168,16 +170,15 @@ def signers(registry: Registry, digest: str, keyring: Keyring | None) -> list[Ve
     return [each for data in registry.signatures.of(digest) for each in _signers_of(data, digest, keyring)]
 
 
-def read_keyring(path: Path) -> Keyring:
-    """The keyring in a file.
+def demanded_keyring(settings: RegistrySettings) -> Keyring | None:
+    """The keyring whose signatures the settings demand; None where they demand none.
 
     Raises:
         SettingsError: the file cannot be read or is no keyring.
     """
-    try:
-        return parse_keyring(path.read_bytes(), str(path))
-    except OSError as e:
-        raise SettingsError(f"the keyring {path} cannot be read: {e.strerror}", variable="trusted_keys") from e
+    if settings.trusted_keys in ("", NO_KEYRING):
+        return None
+    return KeyringFile(Path(settings.trusted_keys)).current()
 
 
 def _signers_of(data: bytes, digest: str, keyring: Keyring | None) -> Iterator[VersionSigner]:

@@ -13,11 +13,15 @@ from isthmus.registry.blob_copies import verify_blob, version_content
 from isthmus.settings import RegistrySettings
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.segment_runs import TrialRequest, TrialRun, run_segments
+from isthmus_tools.usecases.signing import VersionSigner, demanded_keyring, signers
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyRequest:
-    """A version to verify: `model`, NAME, NAME:VERSION or NAME:ALIAS; `arrays` are inputs for the run."""
+    """A version to verify: `model`, NAME, NAME:VERSION or NAME:ALIAS; `arrays` are inputs for the run.
+
+    Where the settings name trusted keys, one of these must have signed the version, and the alias where one is named.
+    """
 
     model: str
     registry: RegistrySettings
@@ -36,7 +40,7 @@ class BlobFault:
 class VerifyResult:
     """What was verified: blobs and their bytes, faults of blobs, runs of segments, and the reason of a failed run.
 
-    With faults of blobs nothing was run.
+    With faults of blobs nothing was run. `signers` are by the registry's envelopes, trusted or not.
     """
 
     version: Version
@@ -45,6 +49,7 @@ class VerifyResult:
     faults: Sequence[BlobFault] = ()
     runs: Sequence[TrialRun] = ()
     run_fault: str = ""
+    signers: Sequence[VersionSigner] = ()
 
     @property
     def is_good(self) -> bool:
@@ -57,9 +62,11 @@ def verify(request: VerifyRequest, progress: Progress = silent) -> VerifyResult:
 
     Raises:
         Missing: unknown model or version.
+        Untrusted: signatures are demanded, and none counts.
         RegistryError: the registry cannot be read, or the manifest is damaged.
     """
     store = open_registry(request.registry)
+    keyring = demanded_keyring(request.registry)
     model = store.resolve(request.model)
     version = Version(model.name, model.version, model.digest)
     blobs, read, faults = _blobs(store, model), 0, list[BlobFault]()
@@ -72,14 +79,15 @@ def verify(request: VerifyRequest, progress: Progress = silent) -> VerifyResult:
             raise
         except (Corrupt, Missing) as e:
             faults.append(BlobFault(blob.digest, e.message))
+    signed_by = signers(store, model.digest, keyring)
     # A run would fail for the same reason, or hide it behind a fetch of another copy.
     if faults:
-        return VerifyResult(version, len(blobs), read, faults)
+        return VerifyResult(version, len(blobs), read, faults, signers=signed_by)
     try:
         runs = run_segments(store, TrialRequest(request.registry, model.digest, request.arrays), progress)
     except ModelError as e:
-        return VerifyResult(version, len(blobs), read, run_fault=e.message)
-    return VerifyResult(version, len(blobs), read, runs=runs)
+        return VerifyResult(version, len(blobs), read, run_fault=e.message, signers=signed_by)
+    return VerifyResult(version, len(blobs), read, runs=runs, signers=signed_by)
 
 
 def _blobs(store: Registry, model: Resolved) -> list[Blob]:

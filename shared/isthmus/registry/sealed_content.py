@@ -164,7 +164,8 @@ class Content:
         self._fetch_grants(digest)
         if (sealed := self._known(digest, start, stop)) is not None:
             return self._open(sealed, start, stop, max_bytes)
-        if is_known or is_sealed(self._store, digest):
+        # Manifests are never sealed, and are in no bundle: one that is missing costs no second request.
+        if is_known or (self._bundles.with_blob(digest) and is_sealed(self._store, digest)):
             raise self._refusal(digest, start, stop) from absent
         raise absent
 

@@ -144,7 +144,7 @@ class Access:
             raise CallerUnauthenticated(
                 "this function needs an API key or a token",
                 reason="missing",
-                hint="send Authorization: Bearer KEY, or X-API-Key: KEY",
+                hint="send Authorization: Bearer KEY, or X-API-Key: KEY; calls between functions need hop-keys",
             )
         if self._settings.fprocess or (stranger := stranger_in(environ, headers)):
             where = "" if self._settings.fprocess else f", and this one came over {stranger[:80]}"

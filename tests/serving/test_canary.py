@@ -190,7 +190,7 @@ def test_a_router_that_may_not_write_stops_its_own_requests_and_says_so(
 
 def test_a_canary_whose_predictions_differ_is_rolled_back(tmp_path: Path) -> None:
     with released(tmp_path, canary_compared=1.0) as release:
-        release.begin(rule=CanaryRule(max_disagreement=0.2, max_errors=1.0, max_latency_ratio=1000))
+        release.begin(rule=CanaryRule(4, max_disagreement=0.2, max_errors=1.0, max_latency_ratio=1000))
         release.begun()
         seeds = itertools.count()
 

@@ -29,7 +29,7 @@ class CanaryRule(Struct, frozen=True, forbid_unknown_fields=True):
 
     `max_errors` is how much larger the canary's share of failed requests may be than the other version's,
     `max_disagreement` the share of compared requests whose predictions differ, `max_latency_ratio` its median seconds
-    over the other version's. Errors and seconds count from `min_requests` requests of the canary on.
+    over the other version's. Each counts from `min_requests` requests of the canary, or comparisons, on.
     """
 
     min_requests: Annotated[int, Meta(ge=1, le=1_000_000)] = 20

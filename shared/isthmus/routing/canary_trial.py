@@ -107,7 +107,9 @@ class CanaryTrial:
 
 
 def _verdict(rule: CanaryRule, stable: _Requests, tried: _Requests, outcomes: deque[bool]) -> str:
-    if exceeds(outcomes.count(False), len(outcomes), rule.max_disagreement, rule.confidence):
+    # The least number is for comparisons too: the first ones may be of one caller that repeats a request.
+    is_enough = len(outcomes) >= min(rule.min_requests, WINDOW)
+    if is_enough and exceeds(outcomes.count(False), len(outcomes), rule.max_disagreement, rule.confidence):
         return "disagreement"
     if tried.count < rule.min_requests:
         return ""

@@ -16,10 +16,13 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from waitress.channel import HTTPChannel  # type: ignore[import-untyped]
+from waitress.parser import HTTPRequestParser, ParsingError  # type: ignore[import-untyped]
 from waitress.server import create_server  # type: ignore[import-untyped]
 
 RETRY_AFTER_S = 1
@@ -31,6 +34,7 @@ FRAMING_BYTES = 2**20  # request line, headers and chunk lines, beside the body
 IDLE_S = 15
 LINGER_S = 2.0
 MAX_LINGERING = 32  # threads; above, a refused connection is closed at once
+LENGTH, CODING = b"content-length", b"transfer-encoding"
 RECV_BYTES = 256 * 1024  # measured at bodies of 1.2 MB: 64 KiB and 1 MiB are slower
 
 
@@ -155,6 +159,41 @@ class BoundedConnection(socket.socket):
         return b""
 
 
+class StrictParser(HTTPRequestParser):  # type: ignore[misc]
+    """Refuses heads that a proxy before this server may read as another request, which would smuggle a second one in.
+
+    waitress takes a length and chunks together, chunks twice, and folded lines. Source: RFC 9112, 5.2 and 6.3.
+    """
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Parse a request line with its headers.
+
+        Raises:
+            ParsingError: the response is 400, and the connection is closed.
+        """
+        _, *lines = header_plus.split(b"\r\n")
+        if any(line[:1] in (b" ", b"\t") for line in lines):
+            raise ParsingError("A header is folded")
+        fields = [line.partition(b":") for line in lines]
+        names = Counter(name.lower() for name, _, _ in fields)
+        coding = next((value.strip(b" \t").lower() for name, _, value in fields if name.lower() == CODING), None)
+        if names[LENGTH] + names[CODING] > 1 or names[b"host"] > 1:
+            raise ParsingError("The length or the host of the request is stated twice")
+        try:
+            super().parse_header(header_plus)
+        except ValueError as e:
+            raise ParsingError("The request's target is no URL") from e
+        if coding is not None and (coding != b"chunked" or self.version != "1.1"):
+            # An unknown coding of HTTP/1.1 was refused with 501 above.
+            raise ParsingError("The request's coding is not chunked")
+
+
+class StrictChannel(HTTPChannel):  # type: ignore[misc]
+    """A connection whose heads are parsed strictly."""
+
+    parser_class = StrictParser
+
+
 class BoundedListener(socket.socket):
     """A listening socket whose connections are bounded together."""
 
@@ -187,7 +226,7 @@ def serve(app: Callable[..., Any], listener: BoundedListener, limits: Limits, th
     never = 2**62  # bytes: waitress would write longer bodies to temporary files
     open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     descriptors = open_files if open_files != resource.RLIM_INFINITY else 2 * MAX_CONNECTIONS
-    create_server(
+    server = create_server(
         app,
         sockets=[listener],
         threads=threads,
@@ -207,7 +246,9 @@ def serve(app: Callable[..., Any], listener: BoundedListener, limits: Limits, th
         ident=None,
         # The app sees them: they can be forged, and so only refuse (docs/how-to/callers.md).
         clear_untrusted_proxy_headers=False,
-    ).run()
+    )
+    server.channel_class = StrictChannel
+    server.run()
 
 
 def _response(path: str, status: str, message: str, kind: str, **facts: Any) -> bytes:

@@ -339,8 +339,18 @@ def answers(port: int, request: bytes) -> bytes:
         return s.makefile("rb").read()
 
 
+def test_a_request_whose_length_is_stated_twice_is_refused_alone(port: int) -> None:
+    inner = b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx"
+    both = (
+        b"POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + inner
+    )
+    answer = answers(port, both)
+    assert answer.startswith(b"HTTP/1.0 400")
+    assert answer.count(b"HTTP/1.") == 1
+
+
 def test_a_malformed_url_ends_its_connection_alone(port: int) -> None:
-    assert answers(port, b"GET http://[::1/echo HTTP/1.1\r\nHost: x\r\n\r\n") == b""
+    assert answers(port, b"GET http://[::1/echo HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1 400")
     assert http("POST", f"http://127.0.0.1:{port}/echo", body=b"others").data == b"others"
 
 

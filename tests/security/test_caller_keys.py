@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -59,6 +60,14 @@ def test_a_line_that_is_no_entry_stops_the_start_and_is_never_quoted(line: str) 
     assert "line 2" in caught.value.message
     assert KEY not in str(caught.value.document())
     assert caught.value.__cause__ is None
+
+
+@pytest.mark.parametrize("field", ["name", "key"])
+def test_a_line_break_is_at_the_end_of_no_name_and_no_digest(field: str) -> None:
+    document = {"name": "ann", "key": "sha256:" + "0" * 64, "roles": {}}
+    assert len(parse_caller_keys([json.dumps(document)], where="here")) == 1
+    with pytest.raises(SettingsError, match=f"see `\\$.{field}`"):
+        parse_caller_keys([json.dumps(document | {field: f"{document[field]}\n"})], where="here")
 
 
 def test_a_name_or_a_key_comes_once() -> None:

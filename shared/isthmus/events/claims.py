@@ -17,6 +17,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
+from isthmus.artifacts.constraints import matching
 from isthmus.errors import (
     CacheFull,
     ClaimExpired,
@@ -44,7 +45,7 @@ _HOUR_S = 3600
 class Claim(Struct, frozen=True, forbid_unknown_fields=True, tag_field="format", tag=FORMAT):
     """A reference to a stored body. Units: `size` in bytes, `expires` in seconds since the epoch."""
 
-    digest: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+    digest: Annotated[str, matching("[0-9a-f]{64}")]
     size: Annotated[int, Meta(ge=0)]
     expires: Annotated[int, Meta(ge=0, le=2**40)]
     content_type: Annotated[str, Meta(max_length=256)] = ""

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta, Struct
 
+from isthmus.artifacts.constraints import matching
 from isthmus.errors import ConfigurationMalformed
 from isthmus.http.pool import is_url
 from isthmus.units import parse_duration, parse_size
@@ -65,7 +66,7 @@ class MqttPlace(_Table, frozen=True, kw_only=True, tag="mqtt"):
 
     url: Text = "mqtt://127.0.0.1:1883"
     topic: Text
-    version: Annotated[str, Meta(pattern=r"^(3\.1\.1|5)$")] = "5"
+    version: Annotated[str, matching(r"(3\.1\.1|5)")] = "5"
     client_id: str = ""
     group: str = ""
     user: str = ""
@@ -163,7 +164,7 @@ class SpoolTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     folder: Text = ".isthmus/trigger/spool"
     max_bytes: Bytes = Bytes(2**30)
-    full: Annotated[str, Meta(pattern=r"^(refuse|drop-oldest)$")] = "refuse"
+    full: Annotated[str, matching("(refuse|drop-oldest)")] = "refuse"
     wait: Seconds = Seconds(5)
     messages: bool = False
 
@@ -176,7 +177,7 @@ class TriggerConfiguration(Struct, frozen=True, kw_only=True, forbid_unknown_fie
     goes to `dead_letters`.
     """
 
-    name: Annotated[str, Meta(pattern="^[a-z0-9-]{0,40}$")] = ""
+    name: Annotated[str, matching("[a-z0-9-]{0,40}")] = ""
     """The trigger's name in records and headers; triggers of a name share their work. By default the source's."""
     source: Broker
     results: Annotated[tuple[Place, ...], Meta(max_length=16)] = ()

@@ -299,7 +299,7 @@ class FolderStore:
             ConditionsIgnored: a share without locks.
         """
         # A bounded number of files: a lock that is removed may be another writer's already.
-        path = self._root / _LOCKS / hashlib.sha256(key.encode()).hexdigest()[:2]
+        path = self._root / _LOCKS / hashlib.sha256(check_key(key).encode()).hexdigest()[:2]
         with self._errors(key):
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
 
+from isthmus.artifacts.constraints import Digest
 from isthmus.errors import Missing, RegistryError
 
 SCHEMA = "isthmus.audit/1"
@@ -81,7 +82,7 @@ class AuditEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     who: _Text
     what: _Text
     facts: dict[str, Any]
-    previous: Annotated[str, msgspec.Meta(pattern="^sha256:[0-9a-f]{64}$")]
+    previous: Digest
 
 
 @dataclass(frozen=True)

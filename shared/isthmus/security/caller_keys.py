@@ -19,6 +19,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from isthmus.artifacts.constraints import Digest, matching
 from isthmus.errors import SettingsError
 from isthmus.security.callers import ALL_MODELS, Caller, CallerLimits, Role
 from isthmus.settings import read_secret_file
@@ -41,8 +42,8 @@ _ADVICE = (
 class CallerEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A line of the secret. `roles` maps each role to its models; `*` is every model."""
 
-    name: Annotated[str, Meta(pattern=f"^{NAME}$")]
-    key: Annotated[str, Meta(pattern="^sha256:[0-9a-f]{64}$")]
+    name: Annotated[str, matching(NAME)]
+    key: Digest
     roles: dict[Role, Annotated[list[str], Meta(min_length=1, max_length=256)]]
     requests_per_s: Annotated[float, Meta(ge=0)] = 0.0
     bytes_per_s: Annotated[int, Meta(ge=0)] = 0

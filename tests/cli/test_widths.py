@@ -93,7 +93,7 @@ def shown(width: int, *arguments: object) -> str:
         ),
         (["gc"], ["that no version reaches"]),
         (["doctor"], ["onnxruntime", "faas-cli", "isthmus import adds models"]),
-        (["versions", "photos"], ["→ 3", "prod", "yes"]),
+        (["versions", "photos"], ["→ 3", "prod"]),
         (["diff", "photos:1", "3"], ["split-6-transform-80-looks-2", "agreement", "not measured"]),
         (["promote", "photos:3"], ["prod means photos:3"]),
         (["infer", "{photo}", "--local", "--model", "photos"], ["no plan; nothing sent over the link", "ape"]),

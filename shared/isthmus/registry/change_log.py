@@ -6,14 +6,14 @@ without an entry, which the next collection appends: versions and aliases' docum
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from isthmus.artifacts.alias import Alias
 from isthmus.registry.blobs import BlobStore
 from isthmus.registry.retry_policy import RetryPolicy
-from isthmus.security.audit import AuditLog, local_user
+from isthmus.security.audit import AuditEntry, AuditLog, local_user
 
 PUBLISH, PROMOTE, ROLLBACK, REMOVE_ALIAS, REMOVE, COLLECT = "publish", "promote", "rollback", "rm alias", "rm", "gc"
 SETTLED_S = 60.0
@@ -63,14 +63,21 @@ class ChangeLog:
         for name, version, digest in versions:
             if (name, version) not in published:
                 facts = {"model": name, "version": version, "digest": digest, "recovered": True}
-                self._append("", PUBLISH, facts)
-                count += 1
+                count += self._recovered("", PUBLISH, facts, ("model", "version"))
         for document in documents:
             settled = document.moved_at is not None and document.moved_at <= before
             if settled and (document.name, document.alias, str(document.counter)) not in moved:
-                self._append(document.moved_by, _kind(document), {**_facts(document), "recovered": True})
-                count += 1
+                facts = {**_facts(document), "recovered": True}
+                count += self._recovered(document.moved_by, _kind(document), facts, ("model", "alias", "counter"))
         return count
+
+    def _recovered(self, who: str, what: str, facts: dict[str, Any], names: Sequence[str]) -> bool:
+        """Whether this call appended the entry: collections at the same time recover it once."""
+
+        def same(entry: AuditEntry) -> bool:
+            return entry.what == what and all(entry.facts.get(name) == facts[name] for name in names)
+
+        return self._log.append_once(who or local_user(), what, facts, same) is not None
 
     def _append(self, who: str, what: str, facts: dict[str, Any]) -> None:
         self._log.append(who or local_user(), what, facts)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar, cast
 
 import msgspec
 
@@ -130,7 +130,27 @@ class AuditLog:
         Raises:
             RegistryError: the entry exceeds MAX_ENTRY_BYTES, or the store refuses it.
         """
-        last = self._last()
+        return cast(AuditEntry, self._append(self._last(), who, what, facts, lambda _: False))
+
+    def append_once(
+        self, who: str, what: str, facts: Mapping[str, Any], same: Callable[[AuditEntry], bool]
+    ) -> AuditEntry | None:
+        """Append an entry unless one is the `same`, also where several writers try at once; None where one was.
+
+        Raises:
+            RegistryError: as `append`.
+        """
+        last = ChainMark()
+        for number, data in self._contents(self._numbers()):
+            if (entry := _parsed(data)) is not None and same(entry):
+                return None
+            last = ChainMark(number, _digest(data))
+        # From the last entry that was looked at: whatever came since is met by the walk.
+        return self._append(last, who, what, facts, same)
+
+    def _append(
+        self, last: ChainMark, who: str, what: str, facts: Mapping[str, Any], same: Callable[[AuditEntry], bool]
+    ) -> AuditEntry | None:
         while True:
             entry = _entry(last, who, what, facts)
             data = msgspec.json.encode(entry, order="sorted")
@@ -141,7 +161,10 @@ class AuditLog:
             if self._store.put_if_absent(_key(entry.number), data):
                 break
             # Another writer was first: its entry is the predecessor.
-            last = ChainMark(entry.number, _digest(self._read(entry.number)))
+            other = self._read(entry.number)
+            if (parsed := _parsed(other)) is not None and same(parsed):
+                return None
+            last = ChainMark(entry.number, _digest(other))
         # Behind by some entries where writers overtake one another: the loop above walks on from there. Not written by
         # a killed writer: the next one walks on likewise.
         head = f"{entry.number} {_digest(data)}".encode()

@@ -102,8 +102,8 @@ def test_reads_are_bounded_and_neighbours_are_read_together(
     cache = make_cache(registry, tmp_path)
     located = cache.locate(fake.digest, "..", progress=lambda done, total: seen.append((done, total)))
     assert weights_here(fake, located.path, "..")
-    assert all(stop - start <= 8 * MIB for start, stop in store.ranges)
-    assert len(store.ranges) == 2 + 3 + 1
+    assert all(stop - start <= 4 * MIB for start, stop in store.ranges)
+    assert len(store.ranges) == 3 + 6 + 1
     assert seen[-1] == (30 * MIB + 5 + 50_000,) * 2
 
 

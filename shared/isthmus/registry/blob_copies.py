@@ -21,7 +21,7 @@ from isthmus.registry.retry_policy import MAX_PARALLEL_REQUESTS
 from isthmus.registry.source import Progress
 from isthmus.retries import RetryBudget
 
-RANGE_BYTES = 8 * 2**20
+RANGE_BYTES = 4 * 2**20
 """The memory of a copy is this times MAX_PARALLEL_REQUESTS, of a blob of any size."""
 
 

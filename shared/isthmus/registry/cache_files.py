@@ -20,8 +20,8 @@ from pathlib import Path
 from isthmus.artifacts.bundle import WeightTensor
 from isthmus.errors import CacheFull
 
-READ_BYTES = 8 * 2**20
-"""Longest ranged read; longer tensors are read in parts."""
+READ_BYTES = 4 * 2**20
+"""Longest ranged read; longer tensors are read in parts. At 8 MiB, allocators of threads keep 75 MB in a pull."""
 
 # Gaps are the padding that aligns tensors, never another tensor: of an encrypted one, this reader may lack the key.
 _GAP_BYTES = 64

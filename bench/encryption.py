@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import multiprocessing
-import os
-import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from harness import ROOT, Row, arguments, at_most, interleave
+from transfers import HEAD_SHARE, copied_s, largest, peak_mb, published
 
 from isthmus.registry import FolderStore, Registry, SegmentCache
 from isthmus.security.recipients import RecipientKey, new_pair, parse_recipient_key
 from isthmus.settings import RegistrySettings
 from isthmus_tools.usecases.encryption import EncryptRequest, encrypt
-from support.fake_bundles import make_bundle
 
-MB = 10**6
-TENSOR_BYTES = 5 * MB
-# A head of a tenth of the weights, and the tail.
-HEAD_SHARE = 10
 PULL_RATIO, ENCRYPT_RATIO, MEMORY_MB = 1.5, 6.0, 64.0
 
 
@@ -31,9 +22,9 @@ def main() -> None:
     timed, streamed = (64, 256) if report.quick else (256, 2048)
     with tempfile.TemporaryDirectory(dir=ROOT / ".isthmus") as folder:
         report.say(f"encryption of {timed} MB")
-        plain_registry, _ = published(Path(folder) / "plain", timed)
-        registry, own = published(Path(folder) / "timed", timed)
-        copied = copied_s(registry, Path(folder))
+        plain_registry = published(Path(folder) / "plain", timed)
+        registry, own = encryptable(Path(folder) / "timed", timed)
+        copied = copied_s(largest(registry), Path(folder))
         began = time.perf_counter()
         encrypt(request(registry, own))
         encrypted_s = time.perf_counter() - began
@@ -61,9 +52,9 @@ def main() -> None:
         )
         report.goals.append(at_most("encrypt beside a copy with SHA-256", encrypted_s / copied, ENCRYPT_RATIO, "times"))
         report.say(f"memory over {streamed} MB")
-        registry, own = published(Path(folder) / "streamed", streamed)
+        registry, own = encryptable(Path(folder) / "streamed", streamed)
         memory = {
-            "encrypt": peak_mb(encrypt_again, registry, own, Path(folder)),
+            "encrypt": peak_mb(encrypt_again, registry, own),
             "pull": peak_mb(pull_again, registry, own, Path(folder)),
         }
         report.add(
@@ -75,13 +66,9 @@ def main() -> None:
     report.emit()
 
 
-def published(folder: Path, size_mb: int) -> tuple[Path, tuple[bytes, bytes]]:
+def encryptable(folder: Path, size_mb: int) -> tuple[Path, tuple[bytes, bytes]]:
     """A registry with one version of that size, and a recipient's key pair."""
-    count = size_mb * MB // TENSOR_BYTES
-    fake = make_bundle(folder / "files", lengths=[TENSOR_BYTES] * count, cut=max(1, count // HEAD_SHARE))
-    Registry(FolderStore(folder / "registry")).publish(fake.bundle, fake.files)
-    shutil.rmtree(folder / "files")
-    return folder / "registry", new_pair()
+    return published(folder, size_mb), new_pair()
 
 
 def request(registry: Path, own: tuple[bytes, bytes]) -> EncryptRequest:
@@ -101,49 +88,12 @@ def pull(registry: Path, key: RecipientKey | None, folder: Path, segment: str = 
         SegmentCache(reader, cache, 2**34).locate(reader.resolve("fake").digest, segment).release()
 
 
-def copied_s(registry: Path, folder: Path) -> float:
-    """Seconds of a plain copy of the largest blob to the disk, and its SHA-256."""
-    blob = max((registry / "blobs" / "sha256").iterdir(), key=lambda path: path.stat().st_size)
-    began = time.perf_counter()
-    with blob.open("rb") as source, (folder / "copy").open("wb") as target:
-        shutil.copyfileobj(source, target, 2**20)
-        target.flush()
-        os.fsync(target.fileno())
-    with (folder / "copy").open("rb") as f:
-        hashlib.file_digest(f, "sha256")
-    seconds = time.perf_counter() - began
-    (folder / "copy").unlink()
-    return seconds
-
-
-def encrypt_again(registry: Path, own: tuple[bytes, bytes], folder: Path) -> None:
+def encrypt_again(registry: Path, own: tuple[bytes, bytes]) -> None:
     encrypt(request(registry, own))
 
 
 def pull_again(registry: Path, own: tuple[bytes, bytes], folder: Path) -> None:
     pull(registry, parse_recipient_key(own[0], where="the key"), folder)
-
-
-Work = Callable[[Path, tuple[bytes, bytes], Path], None]
-
-
-def peak_mb(work: Work, registry: Path, own: tuple[bytes, bytes], folder: Path) -> float:
-    """Peak resident memory of the work in a process of its own, beyond that of its imports. Units: MB."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(added_mb, (work, registry, own, folder))
-
-
-def added_mb(work: Work, registry: Path, own: tuple[bytes, bytes], folder: Path) -> float:
-    # The peak of getrusage would be the parent's, which exec passes on; "5" sets the peak back to the present size.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak_bytes()
-    work(registry, own, folder)
-    return (peak_bytes() - before) / MB
-
-
-def peak_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 if __name__ == "__main__":

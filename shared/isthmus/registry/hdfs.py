@@ -24,7 +24,7 @@ from uuid import uuid4
 
 from hdfs_native import Client, WriteOptions
 
-from isthmus.errors import Denied, Missing, RegistryError, RegistryMissing, RegistryUnavailable
+from isthmus.errors import Denied, Missing, RegistryError, RegistryUnavailable
 from isthmus.registry.blobs import (
     StoredKey,
     check_key,
@@ -102,8 +102,6 @@ class HdfsStore:
     def size(self, key: str) -> int | None:
         try:
             return self._opened(key, lambda reader, _: int(reader.size), 0)
-        except RegistryMissing:
-            return None
         except Missing:
             return None
 

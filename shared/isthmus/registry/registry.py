@@ -342,9 +342,11 @@ class Registry:
 
     def _undo_if_withdrawn(self, move: Move, signer: AliasSigner | None = None) -> None:
         """Let an alias mean what it meant before if a version that it was moved to is removed."""
+        if not move.moved:
+            return
         name, before = move.after.name, move.before
         gone = next((number for number in sorted(move.after.versions) if self._is_withdrawn(name, number)), None)
-        if not move.moved or gone is None:
+        if gone is None:
             return
         # The version before may have been removed too, once the alias had left it.
         lost = any(self._is_withdrawn(name, number) for number in before.versions)

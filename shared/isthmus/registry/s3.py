@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from isthmus.errors import Denied, Missing, RegistryError, RegistryUnavailable, SettingsError
+from isthmus.errors import Denied, RegistryError, RegistryUnavailable, SettingsError
 from isthmus.registry.blobs import (
     StoredKey,
     check_key,
     check_range,
-    clock_refused,
     conditions_ignored,
     ended_early,
     missing_blob,
@@ -216,12 +215,11 @@ class S3Store:
         return True
 
     def put_if_match(self, key: str, data: bytes, tag: str, budget: RetryBudget | None = None) -> bool:
-        if self._retry(lambda: self.replace(key, data, tag), budget) is not None:
-            return True
-        try:
-            return self._retry(lambda: self.get(key, max_bytes=max(len(data), 2**20)), budget) == data
-        except Missing:
-            return False
+        return self._retry.conditional(
+            lambda: self.replace(key, data, tag) is not None,
+            lambda: self.get(key, max_bytes=max(len(data), 2**20)) == data,
+            budget,
+        )
 
     def require_conditions(self) -> None:
         if not self._conditions_enforced:
@@ -440,8 +438,6 @@ class S3Store:
             return missing_blob(self.url, key)
         if code in _TRANSIENT or status >= 500 or status in (408, 429):
             return RegistryUnavailable(f"{self.url} answered {status} {code} for {key}", **facts)
-        if code in _CLOCK:
-            return clock_refused(self.url, key)
         if code in _DENIED or status in (401, 403):
             return Denied(f"{self.url} refused our credentials for {key} ({code})", hint=_SECRETS, **facts)
         if status == 416:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.grant import Grant
-from isthmus.artifacts.plan import MAX_PLAN_BYTES, Plan
-from isthmus.errors import Corrupt, LocalError, Missing, RequestMalformed
+from isthmus.artifacts.plan import MAX_PLAN_BYTES, Plan, read_plan
+from isthmus.errors import Corrupt, LocalError, Missing, PlanMalformed, PlanMismatch, RequestMalformed
 from isthmus.registry import BlobStore, Registry, RetryPolicy
 from isthmus.registry.collection import digests_in
 from isthmus.registry.content import corrupt
@@ -179,9 +179,6 @@ def give(
 
 def plan_of(registry: Registry, bundle: Bundle) -> tuple[Plan | None, bytes]:
     """The plan of a bundle and its bytes; none where the plan is another format's, of which the bytes are there."""
-    from isthmus.artifacts.plan import read_plan
-    from isthmus.errors import PlanMalformed, PlanMismatch
-
     if bundle.plan is None or bundle.plan.size > MAX_PLAN_BYTES:
         return None, b""
     data = registry.blob(bundle.plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,8 +12,9 @@ from msgspec.structs import replace
 
 from isthmus.artifacts.bundle import Blob, digest_of
 from isthmus.errors import Corrupt, Missing, RegistryError, RegistryUnavailable
-from isthmus.registry import BlobStore, Registry
+from isthmus.registry import BlobStore, FolderStore, Registry
 from isthmus.registry.aliases import Aliases, Target
+from isthmus.registry.blobs import PROBES
 from isthmus.registry.collection import collect, find_garbage, reachable
 from isthmus.registry.content import blob_key
 from isthmus.registry.leases import collect_lease, publish_lease
@@ -232,4 +234,20 @@ def test_a_killed_publish_holds_a_collection_up_to_an_age(registry: Registry, fa
     with pytest.raises(RegistryUnavailable, match="under way"):
         collect(registry, HOUR)
     collect(registry, ANY_AGE)
+    assert registry.store.list("leases/") == []
+
+
+def test_a_probe_of_conditions_stays_while_its_writer_may_use_it(registry: Registry, fake: Fake) -> None:
+    registry.publish(fake.bundle, fake.files)
+    registry.store.put(f"{PROBES}0123456789abcdef", b"1")
+    collect(registry, HOUR)
+    assert registry.store.list(PROBES) == [f"{PROBES}0123456789abcdef"]
+
+
+def test_a_probe_that_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    registry = Registry(FolderStore(tmp_path))
+    registry.store.put(f"{PROBES}0123456789abcdef", b"1")
+    long_ago = datetime.now(UTC).timestamp() - HOUR
+    os.utime(tmp_path / PROBES / "0123456789abcdef", (long_ago, long_ago))
+    collect(registry, HOUR)
     assert registry.store.list("leases/") == []

@@ -24,9 +24,8 @@ _KEY_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,254}")
 """File systems are the narrower limit: S3 would accept more characters and longer names."""
 _MAX_KEY = 900
 """S3 allows 1,024 bytes; the rest is for the prefix of the registry."""
-
-
 PROBES = "leases/probes/"
+"""Where `probe_conditions` writes."""
 
 
 @dataclass(frozen=True)

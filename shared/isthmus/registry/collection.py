@@ -82,8 +82,12 @@ def collect(registry: Registry, older_than_s: float = DAY_S) -> Garbage:
             retry_policy(lambda: store.delete(entry.key))
             return True
 
-        for probe in store.list(PROBES):  # of publishers that were killed, or may not delete
-            retry_policy(lambda probe=probe: store.delete(probe))  # type: ignore[misc]
+        # Of writers that were killed, or may not delete; a younger one may be in use, for moves take no lease.
+        abandoned = [
+            each for each in store.entries(PROBES) if (lease.written - each.written).total_seconds() > COLLECT_S
+        ]
+        for probe in abandoned:
+            retry_policy(lambda probe=probe: store.delete(probe.key))  # type: ignore[misc]
         removed = sum(in_parallel(remove, garbage.removable))
         _log(registry, garbage, removed)
     return Garbage(garbage.removable, garbage.younger, removed)

@@ -6,7 +6,7 @@ from isthmus.registry.addresses import Address, parse_address
 from isthmus.registry.blobs import BlobStore, RemoteStore
 from isthmus.registry.cache import SegmentCache
 from isthmus.registry.folder import FolderStore
-from isthmus.registry.opening import NO_KEYRING, demanded_trust, open_blob_store, open_registry
+from isthmus.registry.opening import NO_KEYRING, demanded_trust, keyring_file, open_blob_store, open_registry
 from isthmus.registry.registry import Registry, Resolved, Version
 from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.registry.s3 import S3Store
@@ -29,6 +29,7 @@ __all__ = [
     "SegmentSource",
     "Version",
     "demanded_trust",
+    "keyring_file",
     "open_blob_store",
     "open_cache",
     "open_registry",

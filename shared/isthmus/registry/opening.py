@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isthmus.errors import SettingsError
-from isthmus.registry.addresses import Address, check_account, check_endpoint, check_region, parse_address
+from isthmus.registry.addresses import (
+    STORE_SECRETS,
+    Address,
+    check_account,
+    check_endpoint,
+    check_region,
+    parse_address,
+)
 from isthmus.registry.blobs import RemoteStore
 from isthmus.registry.folder import FolderStore
 from isthmus.registry.registry import Registry
@@ -48,14 +55,21 @@ def demanded_trust(settings: RegistrySettings) -> Trust | None:
         SettingsError: the keyring cannot be read or is none, or the cache folder, which remembers aliases, is not
             writable.
     """
-    if settings.trusted_keys == NO_KEYRING:
-        return None
-    secret = Path(settings.secrets_dir, TRUSTED_KEYS)
-    if not settings.trusted_keys and not secret.exists():
+    if (keyring := keyring_file(settings)) is None:
         return None
     from isthmus.security.trust import open_trust
 
-    return open_trust(Path(settings.trusted_keys) if settings.trusted_keys else secret, Path(settings.cache_dir))
+    return open_trust(keyring, Path(settings.cache_dir))
+
+
+def keyring_file(settings: RegistrySettings) -> Path | None:
+    """The file of the keyring whose signatures are demanded: the setting's, else the secret; None for neither."""
+    if settings.trusted_keys == NO_KEYRING:
+        return None
+    if settings.trusted_keys:
+        return Path(settings.trusted_keys)
+    secret = Path(settings.secrets_dir, TRUSTED_KEYS)
+    return secret if secret.exists() else None
 
 
 def open_blob_store(address: str, settings: RegistrySettings, *, any_key: bool = False) -> FolderStore | RemoteStore:
@@ -85,7 +99,7 @@ def open_blob_store(address: str, settings: RegistrySettings, *, any_key: bool =
 def _s3(place: Address, settings: RegistrySettings, any_key: bool) -> RemoteStore:
     check_endpoint(settings.s3_endpoint)
     check_region(settings.s3_region)
-    key_id, secret = (read_secret(settings.secrets_dir, name) for name in ("s3-access-key-id", "s3-secret-access-key"))
+    key_id, secret = (read_secret(settings.secrets_dir, name) for name in STORE_SECRETS["s3"])
     # Half a key pair is a deployment mistake; report the mistake before the first request is denied.
     if bool(key_id) != bool(secret):
         raise SettingsError(

@@ -11,7 +11,7 @@ from typing import Any
 from isthmus.artifacts.plan import read_plan
 from isthmus.artifacts.version_statement import VERSION_STATEMENT, VERSION_TYPE, VersionStatement, to_json
 from isthmus.errors import NotGranted, PlanMalformed, PlanMismatch, Untrusted
-from isthmus.registry import NO_KEYRING, Registry, Resolved, open_registry
+from isthmus.registry import Registry, Resolved, keyring_file, open_registry
 from isthmus.registry.aliases import AliasSigner
 from isthmus.security.dsse import Envelope, Signer, read_envelope, sign
 from isthmus.security.ed25519 import read_signing_key
@@ -176,9 +176,8 @@ def demanded_keyring(settings: RegistrySettings) -> Keyring | None:
     Raises:
         SettingsError: the file cannot be read or is no keyring.
     """
-    if settings.trusted_keys in ("", NO_KEYRING):
-        return None
-    return KeyringFile(Path(settings.trusted_keys)).current()
+    path = keyring_file(settings)
+    return None if path is None else KeyringFile(path).current()
 
 
 def _signers_of(data: bytes, digest: str, keyring: Keyring | None) -> Iterator[VersionSigner]:

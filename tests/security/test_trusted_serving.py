@@ -15,7 +15,7 @@ import pytest
 from flask import Flask
 
 from isthmus.artifacts.bundle import Blob, to_json
-from isthmus.errors import SettingsError, Untrusted
+from isthmus.errors import RegistryError, SettingsError, Untrusted
 from isthmus.registry import BakedSegment, FolderStore, Registry, SegmentCache, demanded_trust, open_registry
 from isthmus.registry.aliases import AliasSigner
 from isthmus.registry.collection import collect
@@ -284,6 +284,17 @@ def test_unsigned_aliases_are_not_listed(signed: Signed) -> None:
     assert signed.trusting_registry().aliases("photos") == {"prod": "1"}
 
 
+def test_an_alias_that_nobody_trusts_any_more_keeps_its_version(signed: Signed) -> None:
+    """It may be signed anew."""
+    registry = signed.trusting_registry()
+    with pytest.raises(RegistryError, match="is what prod means"):
+        remove_version(registry, "photos", "1")
+    collect(registry, older_than_s=0)
+    signed.sign("1")
+    signed.promote("1")
+    assert registry.resolve("photos").version == "1"
+
+
 def test_a_baked_segment_is_verified_by_the_signatures_beside_it(signed: Signed, tmp_path: Path) -> None:
     signed.sign("1")
     settings = RegistrySettings(trusted_keys=str(signed.keyring), cache_dir=str(tmp_path / "cache"))
@@ -320,6 +331,9 @@ def test_a_keyring_that_is_absent_or_broken_stops_the_start(signed: Signed) -> N
 def test_the_secret_demands_signatures_unless_the_setting_says_none(signed: Signed, tmp_path: Path) -> None:
     secrets = {"registry": str(signed.photos.folder), "secrets_dir": str(tmp_path), "cache_dir": str(tmp_path / "c")}
     assert open_registry(RegistrySettings(**secrets)).trust is not None
+    keyring = demanded_keyring(RegistrySettings(**secrets))
+    assert keyring is not None
+    assert list(keyring.keys) == [signed.key.id]
     assert open_registry(RegistrySettings(**secrets, trusted_keys="none")).trust is None
     assert open_registry(RegistrySettings(**secrets | {"secrets_dir": str(tmp_path / "absent")})).trust is None
 

@@ -229,25 +229,34 @@ class Aliases:
             raise RegistryUnavailable(f"{name}:{alias} moved meanwhile", registry=self._store.url, blob=alias)
         self._log.moved(theirs.document, ours.document.number)
 
-    def documents(self, name: str) -> Iterator[Alias]:
-        """Every document of every alias of a model, removed aliases' too."""
+    def stored(self, name: str) -> Iterator[Alias]:
+        """The present document of every alias of a model, trusted or not, removed aliases' too.
+
+        For removals: an alias that expired keeps its version, for it may be signed anew.
+        """
         prefix = f"models/{name}/aliases/"
         for alias in (key.removeprefix(prefix) for key in self._store.list(prefix)):
             if is_alias(alias):
-                yield self._present(name, alias).document
-                yield from self.history(name, alias)
+                yield self._present(name, alias, trusted=False).document
+
+    def documents(self, name: str) -> Iterator[Alias]:
+        """Every document of every alias of a model: those that are stored now, and their histories."""
+        for present in self.stored(name):
+            yield present
+            yield from self.history(name, present.alias)
 
     def history(self, name: str, alias: str) -> list[Alias]:
         """The documents of an alias before the present one, newest first."""
         counters = sorted(self._counters(name, alias), reverse=True)
-        present = self._present(name, alias).document.counter
+        present = self._present(name, alias, trusted=False).document.counter
         # A move that was killed before its write leaves the present document in the history.
         return [self._read(name, alias, _place(name, alias, i)).document for i in counters if i < present]
 
-    def _present(self, name: str, alias: str) -> _Stored:
+    def _present(self, name: str, alias: str, *, trusted: bool = True) -> _Stored:
         """The document of an alias; for an alias that never was, a void one without bytes and tag."""
+        trust = self._trust if trusted else None
         try:
-            stored = self._read(name, alias, f"models/{name}/aliases/{alias}", self._trust)
+            stored = self._read(name, alias, f"models/{name}/aliases/{alias}", trust)
         except RegistryMissing:
             raise
         except Missing:

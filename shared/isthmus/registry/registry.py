@@ -222,8 +222,8 @@ class Registry:
         return {alias: document.number for alias, document in self._aliases.all(name).items()}
 
     def alias_digests(self, name: str) -> set[str]:
-        """The digests that the model's aliases name, canaries' included."""
-        documents = self._aliases.all(name).values()
+        """The digests that the model's aliases name, canaries' and untrusted aliases' included."""
+        documents = list(self._aliases.stored(name))
         canaries = {document.canary.digest for document in documents if document.canary is not None}
         return canaries | {document.digest for document in documents if document.digest}
 
@@ -333,7 +333,7 @@ class Registry:
         self.changes.removed(removed_by, name, number, digest)
 
     def _refuse_meant(self, name: str, number: str) -> None:
-        if aliases := sorted(alias for alias, each in self._aliases.all(name).items() if number in each.versions):
+        if aliases := sorted(each.alias for each in self._aliases.stored(name) if number in each.versions):
             raise RegistryError(
                 f"{name}:{number} is what {' and '.join(aliases)} mean{'s' * (len(aliases) == 1)}",
                 registry=self.url,

@@ -121,6 +121,13 @@ def test_a_file_of_callers_grows_by_a_line_and_is_its_owners_alone(tmp_path: Pat
     assert len(file.read_text().splitlines()) == 2
 
 
+def test_a_line_is_added_to_a_file_whose_last_line_has_no_end(tmp_path: Path) -> None:
+    file = tmp_path / "callers.jsonl"
+    file.write_text(new_caller(NewCallerRequest(name="ann")).line)
+    new_caller(NewCallerRequest(name="bob", file=file))
+    assert len(parse_caller_keys(file.read_text().splitlines(), where="here")) == 2
+
+
 @pytest.mark.parametrize("wrong", [{"name": "a b"}, {"roles": ["root"]}, {"models": ["../x"]}, {"models": ["m:3"]}])
 def test_names_roles_and_models_of_a_new_caller_are_checked(wrong: dict[str, object]) -> None:
     with pytest.raises(RequestMalformed):

@@ -79,13 +79,14 @@ def new_caller(request: NewCallerRequest) -> NewCaller:
 
 
 def _append(file: Path, line: str) -> None:
-    lines = file.read_text("ascii", "replace").splitlines() if file.exists() else []
-    lines = [each for each in lines if each.strip()] + [line]
+    text = file.read_text("ascii", "replace") if file.exists() else ""
+    lines = [each for each in text.splitlines() if each.strip()] + [line]
     parse_caller_keys(lines, where=str(file))
     # Nobody else need read who may call; the digests of keys are of no use.
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with open(descriptor, "a", encoding="ascii") as f:
-        f.write(line + "\n")
+        # An editor may have left the last line without its end.
+        f.write("\n" * bool(text and not text.endswith("\n")) + line + "\n")
 
 
 def _name(text: str) -> str:

@@ -14,7 +14,7 @@ from support.paths import ROOT
 
 SHARED = ROOT / "shared"
 
-BASE = ("errors", "units", "context", "retries", "settings", "admission", "loop_thread")
+BASE = ("errors", "units", "context", "retries", "settings", "admission", "loop_thread", "files")
 """Modules at the bottom of the runtime, each of which may import those before it."""
 RUNTIME = {
     "artifacts": {*BASE},

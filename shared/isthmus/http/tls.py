@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isthmus.errors import SettingsError
+from isthmus.files import file_stamp
 from isthmus.settings import RegistrySettings
 
 # The system's bundle has some 220 kB.
@@ -150,8 +151,8 @@ class TlsFiles:
         return context
 
     def identity(self) -> tuple[tuple[int, int, int] | None, ...]:
-        """What changes where a file is replaced: of each the inode, the size and the time of its last change."""
-        return tuple(_identity(path) for path in (self.ca, self.certificate, self.key))
+        """What changes where a file is replaced: the stamp of each, None for one without a name."""
+        return tuple(file_stamp(path) if path else None for path in (self.ca, self.certificate, self.key))
 
 
 class TlsTrust:
@@ -207,14 +208,6 @@ def files_of(settings: RegistrySettings) -> TlsFiles:
     # The key of a secret belongs to the certificate of a secret.
     own_key = "" if settings.hop_client_cert else present.get("hop-client-key", "")
     return TlsFiles(settings.hop_ca or present.get("hop-ca", ""), certificate, settings.hop_client_key or own_key)
-
-
-def _identity(path: str) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(path) if path else None
-    except OSError:
-        return None
-    return (found.st_ino, found.st_size, found.st_mtime_ns) if found else None
 
 
 def _check_file(path: str) -> None:

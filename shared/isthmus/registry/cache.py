@@ -11,6 +11,7 @@ from pathlib import Path
 
 from isthmus.artifacts.bundle import Blob, Bundle, Segment, WeightTensor, digest_of
 from isthmus.errors import CacheFull, RegistryError, SettingsError
+from isthmus.files import write_whole
 from isthmus.registry.cache_files import (
     READ_BYTES,
     Batch,
@@ -19,7 +20,6 @@ from isthmus.registry.cache_files import (
     batches,
     disk_bytes,
     parts,
-    write_whole,
 )
 from isthmus.registry.content import blob_key, corrupt
 from isthmus.registry.registry import Registry

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from isthmus.artifacts.bundle import WeightTensor
 from isthmus.errors import CacheFull
+from isthmus.files import write_whole
 
 READ_BYTES = 4 * 2**20
 """Longest ranged read; longer tensors are read in parts. At 8 MiB, allocators of threads keep 75 MB in a pull."""
@@ -138,19 +139,6 @@ def disk_bytes(tensors: Iterable[WeightTensor]) -> int:
         if t.length and stop > start:
             total, end = total + stop - start, stop
     return total
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file atomically: readers see either all of `data` or the previous state."""
-    descriptor, staged = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        with open(descriptor, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(staged, path)
-    finally:
-        Path(staged).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 
 from isthmus.errors import Missing, Untrusted
+from isthmus.files import write_whole
 from isthmus.registry.blobs import BlobStore
-from isthmus.registry.cache_files import write_whole
 from isthmus.registry.content import blob_key
 from isthmus.registry.retry_policy import RetryPolicy, in_parallel
 from isthmus.security.dsse import MAX_ENVELOPE_BYTES

@@ -7,8 +7,6 @@ memory tells that it is old. A function with an empty folder has no memory; ther
 from __future__ import annotations
 
 import fcntl
-import os
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from msgspec import Meta, Struct
 from isthmus.artifacts.constraints import Count, Digest, Text
 from isthmus.artifacts.json_documents import DocumentKind, builtins, canonical
 from isthmus.errors import SettingsError, Untrusted
+from isthmus.files import write_whole
 
 # Only signed aliases enter, so that nobody without a key can displace an entry; the oldest leave first.
 MAX_ALIASES = 4096
@@ -112,17 +111,7 @@ class AliasCounters:
             ) from e
 
     def _write(self) -> None:
-        data = canonical(builtins(CountersDocument(self._seen)))
-        descriptor, name = tempfile.mkstemp(dir=self._path.parent, prefix=f".{FILE}")
-        try:
-            with os.fdopen(descriptor, "wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            Path(name).replace(self._path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(self._path, canonical(builtins(CountersDocument(self._seen))))
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:

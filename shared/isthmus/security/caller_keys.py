@@ -21,6 +21,7 @@ from msgspec import Meta
 
 from isthmus.artifacts.constraints import Digest, matching
 from isthmus.errors import SettingsError
+from isthmus.files import file_stamp
 from isthmus.security.callers import ALL_MODELS, Caller, CallerLimits, Role
 from isthmus.settings import read_secret_file
 
@@ -167,11 +168,7 @@ class CallerFile:
                 self._on_error(e)
 
     def _state(self) -> tuple[int, int, int] | None:
-        try:
-            status = (Path(self._folder) / SECRET).stat()
-        except OSError:
-            return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
+        return file_stamp(Path(self._folder) / SECRET)
 
     def _read(self) -> CallerKeys | None:
         data = read_secret_file(self._folder, SECRET)

@@ -18,6 +18,7 @@ from isthmus.artifacts.constraints import Text, matching
 from isthmus.artifacts.json_documents import DocumentKind, builtins
 from isthmus.artifacts.version_statement import Moment
 from isthmus.errors import SettingsError
+from isthmus.files import file_stamp
 from isthmus.security.ed25519 import PublicKey, parse_public_keys
 
 SETTING = "trusted_keys"
@@ -135,34 +136,25 @@ class KeyringFile:
 
     def _reload(self) -> None:
         try:
-            if self._stat() != self._stamp:
+            if file_stamp(self._path) != self._stamp:
                 self._keyring, self._stamp = self._read()
         except SettingsError as e:
             _log.warning("the earlier keyring stays in force: %s", e.message)
 
-    def _stat(self) -> tuple[int, int, int]:
-        try:
-            status = self._path.stat()
-        except OSError as e:
-            raise self._unreadable(e) from e
-        return status.st_mtime_ns, status.st_ino, status.st_size
-
-    def _read(self) -> tuple[Keyring, tuple[int, int, int]]:
-        stamp = self._stat()
+    def _read(self) -> tuple[Keyring, tuple[int, int, int] | None]:
+        # Before the content: a file that is replaced in between is read again.
+        stamp = file_stamp(self._path)
         try:
             with self._path.open("rb") as f:
                 data = f.read(MAX_KEYRING_BYTES + 1)
         except OSError as e:
-            raise self._unreadable(e) from e
+            raise SettingsError(
+                f"the keyring {self._path} of the setting {SETTING} cannot be read: {e.strerror}",
+                variable=SETTING,
+                value=str(self._path),
+                hint="give the function the secret trusted-keys: docs/how-to/signing.md",
+            ) from e
         return parse_keyring(data, str(self._path)), stamp
-
-    def _unreadable(self, error: OSError) -> SettingsError:
-        return SettingsError(
-            f"the keyring {self._path} of the setting {SETTING} cannot be read: {error.strerror}",
-            variable=SETTING,
-            value=str(self._path),
-            hint="give the function the secret trusted-keys: docs/how-to/signing.md",
-        )
 
 
 def to_json(document: KeyringDocument) -> bytes:

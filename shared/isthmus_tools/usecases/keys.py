@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.errors import RequestMalformed, SettingsError
+from isthmus.files import write_whole
 from isthmus.security.ed25519 import new_signing_key, parse_public_keys, write_private_key
 from isthmus.security.keyring import (
     KEYRING,
@@ -146,12 +145,8 @@ def _change(path: Path, change: Callable[[KeyringDocument], KeyringDocument]) ->
     data = to_json(change(_document(path) if path.exists() else KeyringDocument()))
     parse_keyring(data, str(path))  # too many keys, for example
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}")
-        with os.fdopen(descriptor, "wb") as f:
-            f.write(data)
-        # mkstemp makes files for their owner alone; a keyring is public, and functions run as other users.
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+        # A keyring is public, and functions run as other users.
+        write_whole(path, data, mode=0o644)
     except OSError as e:
         raise SettingsError(f"the keyring {path} cannot be written: {e.strerror}", value=str(path)) from e
 

@@ -16,6 +16,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from isthmus.artifacts.plan import Candidate, Coding
+from isthmus.registry.addresses import STORE_SECRETS
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus.settings import RouterSettings, SegmentSettings
 from isthmus_tools.cli import app
@@ -238,7 +239,7 @@ def test_packaged_functions_keep_the_secrets_that_close_them(house: Path, publis
     written = packaged(published, f"photos:{published.version}")
     found = stack(written, ISTHMUS_SECRETS="[hop-keys, trusted-keys]")
     assert {spec.secrets for spec in found.functions.values()} == {("hop-keys", "trusted-keys")}
-    listed = "[hop-keys, s3-access-key-id, s3-secret-access-key]"
+    listed = f"[hop-keys, {', '.join(name for names in STORE_SECRETS.values() for name in names)}]"
     (house / "stack.yml").write_text(text.replace("${ISTHMUS_SECRETS:-[]}", listed))
     found = stack(packaged(published, f"photos:{published.version}"))
     assert {spec.secrets for spec in found.functions.values()} == {("hop-keys",)}

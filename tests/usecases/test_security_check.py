@@ -134,6 +134,14 @@ def test_keys_of_a_rotation_that_are_old_and_readable_are_open(tmp_path: Path) -
     assert opened(list(secret_findings(settings))) == {"secret-files": "high", "key-age": "low"}
 
 
+@pytest.mark.parametrize("name", ["azure-account-key", "azure-sas-token", "gcs-service-account"])
+def test_a_key_of_a_store_that_others_may_read_is_open(tmp_path: Path, name: str) -> None:
+    settings = keyed_folder(tmp_path, "new")
+    (tmp_path / name).write_text("key")
+    (tmp_path / name).chmod(0o640)
+    assert opened(list(secret_findings(settings))) == {"secret-files": "high"}
+
+
 def test_a_key_that_is_none_is_open_and_never_quoted(tmp_path: Path) -> None:
     settings = keyed_folder(tmp_path, "new")
     (tmp_path / "hop-keys").write_text("k1:c2hvcnQ=")

@@ -17,6 +17,7 @@ from isthmus.artifacts.plan import Candidate, read_plan
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import LocalError, Missing
 from isthmus.registry import FolderStore, Registry, Resolved, SegmentCache, open_cache, open_registry
+from isthmus.registry.addresses import STORE_SECRETS
 from isthmus.registry.content import blob_key
 from isthmus.registry.signatures import Signatures, copy_signatures, write_envelopes
 from isthmus.registry.source import SIGNATURES
@@ -312,21 +313,22 @@ def _gateways(environment: Mapping[str, Any]) -> dict[str, str]:
     return {"edge": own[0], "cloud": own[-1]} if own else dict(_GATEWAYS)
 
 
-_S3_SECRETS = ("s3-access-key-id", "s3-secret-access-key")
+# A packaged function reads no registry.
+_REGISTRY_SETTINGS = ("registry", "s3_endpoint", "s3_region", "gcs_endpoint", "azure_account", "azure_endpoint")
+_REGISTRY_SECRETS = [name for names in STORE_SECRETS.values() for name in names]
 
 
 def _function(name: str, folder: Path, like: dict[str, Any], environment: dict[str, str], kind: str) -> dict[str, Any]:
     """A function like `like`, with its own name, handler, image and source of its segment."""
-    # A packaged function reads no registry, so its settings and the secrets for S3 go; other secrets, such as hop-keys,
-    # stay: without them the function would run segments for anybody.
-    registry_only = ("registry", "preload", "model", "hops", "cuts", "s3_endpoint", "s3_region")
-    environment_like = {k: v for k, v in (like.get("environment") or {}).items() if k not in registry_only}
+    # Secrets that are not the registry's, such as hop-keys, stay: without them it would run segments for anybody.
+    replaced = ("preload", "model", "hops", "cuts", *_REGISTRY_SETTINGS)
+    environment_like = {k: v for k, v in (like.get("environment") or {}).items() if k not in replaced}
     own = "router" if kind == "router" else str(like["handler"]).rpartition("/")[2]
     # The image keeps the registry, owner and tag of the function in stack.yml.
     image = str(like["image"]).replace(own, name)
     secrets = like.get("secrets")
     if isinstance(secrets, list):  # else a variable for faas-cli to fill in
-        like = {**like, "secrets": [name for name in secrets if name not in _S3_SECRETS]}
+        like = {**like, "secrets": [name for name in secrets if name not in _REGISTRY_SECRETS]}
     return {
         **like,
         "handler": f"./{folder / name}",

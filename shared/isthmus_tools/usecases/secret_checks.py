@@ -23,7 +23,10 @@ DAY_S = 86_400.0
 # A key that many deployments have seen is a key that somebody may have copied; certificates are renewed in weeks.
 OLD_KEY_DAYS, EXPIRING_DAYS = 180, 30
 # Of the secrets those that let their holder do something; hop-ca and certificates are public.
-_PRIVATE = ("s3-secret-access-key", SECRET, "hop-client-key", "profile-token", "recipient-key", "router-key")
+_PRIVATE = (
+    *(name for names in STORE_SECRETS.values() for name in names if name != "s3-access-key-id"),
+    *(SECRET, "hop-client-key", "profile-token", "recipient-key", "router-key"),
+)
 
 
 def secret_findings(settings: RegistrySettings) -> Iterator[SecurityFinding]:

@@ -1,7 +1,7 @@
-"""Which addresses a URL of somebody else's choice may lead to, against server-side request forgery.
+"""Which addresses a URL of somebody else's choice may lead to, and which hosts are this machine's or the cluster's.
 
-A callback's URL is called by a process that reaches services which the URL's author may not: its own machine, a cloud's
-metadata address, local networks.
+The former is against server-side request forgery. A callback's URL is called by a process that reaches services which
+the URL's author may not: its own machine, a cloud's metadata address, local networks.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 # Control characters and line breaks would split the request line or a log line.
 _PRINTABLE = re.compile(r"[!-~]+")
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE)
+# Names of Kubernetes' DNS, which lead to no other host than the cluster's.
+_IN_CLUSTER = (".svc", ".svc.cluster.local")
 # RFC 3879: private addresses of old IPv6 networks, global to `ipaddress`.
 _SITE_LOCAL = ipaddress.IPv6Network("fec0::/10")
 # RFC 6052: an IPv4 address behind this prefix is reached through the NAT64 gateway.
@@ -42,6 +44,14 @@ def parse_address(text: str) -> Address:
         ValueError: not an address.
     """
     return ipaddress.ip_address(text.partition("%")[0])
+
+
+def is_near(host: str) -> bool:
+    """Whether a host is this machine or a service of the cluster: a name without dots, such as faasd's gateway."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return "." not in host or host.endswith(_IN_CLUSTER)
 
 
 class AddressPolicy:

@@ -6,7 +6,6 @@ read the set could sign.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import threading
 import time
@@ -20,6 +19,7 @@ from joserfc.jwk import ECKey, OKPKey, RSAKey
 
 from isthmus.context import Deadline
 from isthmus.errors import IssuerUnavailable, SettingsError
+from isthmus.http.addresses import is_near
 from isthmus.http.pool import BrokenOff, ConnectionPool, ResponseTooLong, Unreachable, is_url
 
 MAX_SET_BYTES = 256 * 2**10
@@ -171,20 +171,13 @@ def key_set_source(address: str) -> KeySetSource:
     if "://" not in address:
         return _FileSource(Path(address))
     parts = urlsplit(address)
-    if not is_url(address) or not (parts.scheme == "https" or _is_near(parts.hostname or "")) or parts.username:
+    if not is_url(address) or not (parts.scheme == "https" or is_near(parts.hostname or "")) or parts.username:
         raise SettingsError(
             f"the setting jwt_keys is {address[:200]!r}; it is a file's path or a URL of https://; http:// leads only"
             " to this machine or to a name within the cluster",
             variable="jwt_keys",
         )
     return _UrlSource(address)
-
-
-def _is_near(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or "." not in host or host.endswith((".svc", ".svc.cluster.local"))
 
 
 class _FileSource:

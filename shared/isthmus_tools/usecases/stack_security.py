@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+from isthmus.http.addresses import is_near
 from isthmus.settings import urls_of
 from isthmus_tools.engine.stack import FunctionSpec, Stack
 from isthmus_tools.usecases.security_findings import SecurityFinding, judged
@@ -14,8 +14,6 @@ from isthmus_tools.usecases.security_findings import SecurityFinding, judged
 HOP_KEYS, PROFILE_TOKEN, TRUSTED_KEYS = "hop-keys", "profile-token", "trusted-keys"
 # By the variable's name alone: what a value means cannot be seen in it.
 _SECRET_NAME = re.compile(r"secret|passw|token|api_?key|access_?key|private_?key|credential", re.IGNORECASE)
-# Names of Kubernetes' DNS, which lead to no other host than the cluster's.
-_IN_CLUSTER = (".svc", ".svc.cluster.local")
 # As isthmus.settings reads them.
 _TRUE = ("true", "1")
 
@@ -81,7 +79,8 @@ def _open_to_anyone(functions: list[FunctionSpec]) -> SecurityFinding:
 
 def _hops(functions: list[FunctionSpec]) -> Iterator[SecurityFinding]:
     """Hops over http between hosts; sealed ones still show who calls which function, and when."""
-    plain = [(f, url) for f in functions for url in _remote_hops(f) if url.startswith("http://") and not _is_near(url)]
+    http = [(f, url) for f in functions for url in _remote_hops(f) if url.startswith("http://")]
+    plain = [(f, url) for f, url in http if not is_near(urlsplit(url).hostname or "")]
     # Sealing hides content from everybody on the way, signing only keeps it from being altered.
     sealed = [url for f, url in plain if HOP_KEYS in f.secrets and f.environment.get("hop_security") != "signed"]
     readable = [url for _, url in plain if url not in sealed]
@@ -112,15 +111,6 @@ def _trusted_keys(functions: list[FunctionSpec]) -> SecurityFinding:
 def _remote_hops(function: FunctionSpec) -> list[str]:
     tiers = [tier.strip() for tier in function.environment.get("hops", "").split(",")]
     return [url for tier in tiers for url in urls_of(tier) if url not in ("", "local")]
-
-
-def _is_near(url: str) -> bool:
-    """Whether the host is this machine or a service of the cluster: a name without dots, such as faasd's gateway."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return "." not in host or host.endswith(_IN_CLUSTER)
 
 
 def _secrets_in_environment(functions: list[FunctionSpec]) -> SecurityFinding:

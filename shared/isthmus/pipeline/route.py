@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
 
 from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.choice import PHOTO_ID
@@ -18,9 +17,6 @@ from isthmus.errors import PlanMalformed
 from isthmus.pipeline.agreement import margin
 from isthmus.pipeline.closer_looks import LookPolicy
 from isthmus.pipeline.hop import Hop
-
-if TYPE_CHECKING:  # Pillow is slow to import
-    pass
 
 
 @dataclass(frozen=True)

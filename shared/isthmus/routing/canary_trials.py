@@ -40,6 +40,11 @@ class CanaryTrials:
         # A thread of its own: a registry that hangs must not hold up requests.
         self._mover = ThreadPoolExecutor(max_workers=1, thread_name_prefix="canary-rollback")
 
+    @property
+    def any_begun(self) -> bool:
+        """Whether an alias had a canary since the start; without a lock, for requests where none has."""
+        return bool(self._trials)
+
     def trial(self, alias: Alias, stable: ServedModel, tried: ServedModel) -> CanaryTrial | None:
         """The trial of an alias's canary, begun or gone on with; None where this router rolled the canary back."""
         if (canary := alias.canary) is None:
@@ -55,7 +60,7 @@ class CanaryTrials:
 
     def of(self, model: ServedModel) -> CanaryTrial | None:
         """A trial under way with this version in it."""
-        if not self._trials:
+        if not self.any_begun:
             return None
         with self._lock:
             trials = list(self._trials.values())

@@ -172,6 +172,8 @@ class ModelCatalog:
             As `get`.
         """
         model = self.get(reference, deadline)
+        if not self._trials.any_begun:
+            return VersionDraw(model)
         with self._lock:
             entry = self._cache.get(reference)
         trial = None if entry is None else entry.trial

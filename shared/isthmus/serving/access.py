@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import ipaddress
 import logging
 from collections.abc import Mapping
@@ -15,8 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from werkzeug.datastructures import EnvironHeaders, Headers
+from flask import Request
+from werkzeug.datastructures import Headers
 
+from isthmus.context import ROUTE_HEADER
 from isthmus.errors import CallerForbidden, CallerUnauthenticated, SettingsError
 from isthmus.security.caller_keys import CallerFile
 from isthmus.security.callers import EVERYONE, Caller, CallerLimits, Role
@@ -27,7 +30,16 @@ from isthmus.settings import AccessSettings
 # Tokens of identity providers with many groups have some thousand bytes.
 MAX_CREDENTIAL_BYTES = 16 * 2**10
 REALM = "isthmus"
-_FORWARDED = ("X-Forwarded-For", "X-Forwarded-Host", "X-Real-Ip", "Forwarded", "Via")
+# By their names in a WSGI environment: every request of an open function looks for all of these.
+_FORWARDED = {
+    "HTTP_X_FORWARDED_FOR": "X-Forwarded-For",
+    "HTTP_X_FORWARDED_HOST": "X-Forwarded-Host",
+    "HTTP_X_REAL_IP": "X-Real-Ip",
+    "HTTP_FORWARDED": "Forwarded",
+    "HTTP_VIA": "Via",
+}
+# The longest name (RFC 1035, 2.3.4) with a port and a dot at its end. Longer texts are no hosts, and fill no cache.
+_MAX_HOST = 260
 _UNCONFIGURED = (
     "create a key with `isthmus caller new NAME --role infer` and give the function the secret callers, or set"
     " access=anyone to open it to whoever reaches it: docs/how-to/callers.md"
@@ -100,10 +112,8 @@ class Access:
             return
         self._log.warning(text, extra={"facts": {"hint": _UNCONFIGURED}})
 
-    def admit(
-        self, environ: Mapping[str, Any], endpoint: str | None, query: Mapping[str, str], pin: str
-    ) -> AdmittedCaller:
-        """The grant of a request; `pin` is its header that names a route.
+    def admit(self, request: Request) -> AdmittedCaller:
+        """The grant of a request, before its body is read.
 
         Raises:
             CallerUnauthenticated: no key or token, or none that is taken.
@@ -111,17 +121,17 @@ class Access:
             CallerLimited: the caller's limits.
             IssuerUnavailable: a token, and no keys to verify it.
         """
+        endpoint, headers = request.endpoint, request.headers
         need = self._table.get(endpoint or "")
         if need is not None and need.is_open:
             return AdmittedCaller(EVERYONE)
-        headers = EnvironHeaders(environ)  # type: ignore[arg-type]
         credential = credential_of(headers)
-        caller = self._caller(credential, environ, headers, need)
+        caller = self._caller(credential, request.environ, need)
         if endpoint is None:  # authenticated callers get the 404 of an unknown path
             return AdmittedCaller(caller)
         if need is None:
             raise CallerForbidden(f"the route {endpoint} has no row in the table of roles, so nobody may use it")
-        is_pinned = bool(pin) or any(query.get(name) for name in need.pins)
+        is_pinned = bool(headers.get(ROUTE_HEADER)) or any(request.args.get(name) for name in need.pins)
         roles = tuple(role for role in (need.role, Role.PIN if is_pinned else None) if role is not None)
         for role in roles:
             if not caller.has(role):
@@ -129,10 +139,10 @@ class Access:
         limits = caller.limits or self._limits
         if limits is None or need.by_itself:
             return AdmittedCaller(caller, roles)
-        states = self._limiter.take(caller.name, limits, int(environ.get("CONTENT_LENGTH") or 0))
+        states = self._limiter.take(caller.name, limits, int(request.environ.get("CONTENT_LENGTH") or 0))
         return AdmittedCaller(caller, roles, rate_headers(states))
 
-    def _caller(self, credential: str, environ: Mapping[str, Any], headers: Headers, need: Need | None) -> Caller:
+    def _caller(self, credential: str, environ: Mapping[str, Any], need: Need | None) -> Caller:
         if need is not None and need.by_itself:
             # The credential may be of another kind: the profile's token.
             return self._keys.find(credential) or EVERYONE if credential else EVERYONE
@@ -146,7 +156,7 @@ class Access:
                 reason="missing",
                 hint="send Authorization: Bearer KEY, or X-API-Key: KEY; calls between functions need hop-keys",
             )
-        if self._settings.fprocess or (stranger := stranger_in(environ, headers)):
+        if self._settings.fprocess or (stranger := stranger_in(environ)):
             where = "" if self._settings.fprocess else f", and this one came over {stranger[:80]}"
             raise CallerUnauthenticated(
                 f"no callers are configured, so requests are taken of the function's own machine alone{where}",
@@ -197,7 +207,7 @@ def credential_of(headers: Headers) -> str:
     return ""
 
 
-def stranger_in(environ: Mapping[str, Any], headers: Headers) -> str:
+def stranger_in(environ: Mapping[str, Any]) -> str:
     """The part of a request that names another machine; empty for a request of this machine.
 
     Headers can be forged or absent, and a relay on this machine may hide where a request came from: headers only ever
@@ -206,12 +216,14 @@ def stranger_in(environ: Mapping[str, Any], headers: Headers) -> str:
     peer = str(environ.get("REMOTE_ADDR", ""))
     if not _is_loopback(peer):
         return f"the address {peer}"
-    if not _is_local_host(headers.get("Host", "localhost")):
+    if not _is_local_host(environ.get("HTTP_HOST", "localhost")):
         return "the host of its header Host"
-    if "Origin" in headers and not _is_local_host(headers["Origin"].partition("://")[2]):
+    if (origin := environ.get("HTTP_ORIGIN")) is not None and not _is_local_host(origin.partition("://")[2]):
         return "a page of another origin"
-    for name in _FORWARDED:
-        texts = headers.get(name, "").split(",") if name != "X-Forwarded-Host" else [headers.get(name, "")]
+    for key, name in _FORWARDED.items():
+        if not (value := environ.get(key)):
+            continue
+        texts = value.split(",") if name != "X-Forwarded-Host" else [value]
         if any(text.strip() and not _is_local_host(text.strip()) for text in texts):
             return f"the proxy that its header {name} names"
     return ""
@@ -224,6 +236,12 @@ def challenges(headers: Headers, method: str) -> list[str]:
 
 
 def _is_local_host(text: str) -> bool:
+    return len(text) <= _MAX_HOST and _is_local_name(text)
+
+
+# Clients send the same few hosts with every request.
+@functools.lru_cache(256)
+def _is_local_name(text: str) -> bool:
     if _is_loopback(text):
         return True
     try:
@@ -233,6 +251,7 @@ def _is_local_host(text: str) -> bool:
     return host is not None and (host == "localhost" or host.endswith(".localhost") or _is_loopback(host))
 
 
+@functools.lru_cache(256)
 def _is_loopback(text: str) -> bool:
     try:
         address = ipaddress.ip_address(text)

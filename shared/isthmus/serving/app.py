@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flask import Flask, Response, g, jsonify, request
 
 from isthmus.admission import MemoryBudget, Reservation, Slots
-from isthmus.context import CURRENT, ROUTE_HEADER, Context, Deadline, working_on
+from isthmus.context import CURRENT, Context, Deadline, working_on
 from isthmus.errors import IsthmusError, NotReady, SettingsError
 from isthmus.retries import log_retries
 from isthmus.serving.access import ADMITTED, Access, AdmittedCaller, challenges
@@ -190,7 +190,8 @@ class FunctionApp:
 
     def _handle(self, handle: Handle, user_of: Callable[[bytes | memoryview], str]) -> Response:
         context = Context.from_headers(request.headers, longest_s=self._longest_s)
-        context = replace(context, caller=g.grant.caller.name)
+        if caller := g.grant.caller.name:
+            context = replace(context, caller=caller)
         if self.tracing is not None:
             route = request.url_rule.rule if request.url_rule is not None else ""
             g.span, context = self.tracing.begin(request.method, route, context, request.headers)
@@ -240,8 +241,7 @@ class FunctionApp:
         g.timings, g.context, g.error, g.span, g.grant = Timings(), None, "", None, None
         g.facts, g.reply_headers = {}, {}
         # Before the body is looked at; the server has it in memory already.
-        pin = request.headers.get(ROUTE_HEADER, "")
-        g.grant = self._access.admit(request.environ, request.endpoint, request.args, pin)
+        g.grant = self._access.admit(request)
         ADMITTED.set(g.grant)
 
     def _failed(self, error: Exception) -> Response:
@@ -252,11 +252,11 @@ class FunctionApp:
     def _end(self, response: Response) -> Response:
         """Add the headers common to all responses; count and log, a stream at its end."""
         context: Context | None = g.context
-        response.headers.update(g.reply_headers)
-        compress(response, request.headers.get("Accept-Encoding", ""))
         grant: AdmittedCaller | None = g.grant
-        if grant is not None:
-            response.headers.update(grant.headers)
+        for headers in (g.reply_headers, {} if grant is None else grant.headers):
+            if headers:
+                response.headers.update(headers)
+        compress(response, request.headers.get("Accept-Encoding", ""))
         if response.status_code == 401:
             for challenge in challenges(request.headers, request.method):
                 response.headers.add("WWW-Authenticate", challenge)

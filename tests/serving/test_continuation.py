@@ -139,6 +139,12 @@ def test_notes_are_refused_by_their_lengths(cut_off: FlaskClient, codec_client: 
     assert "of length <=" in answer.json["error"]
 
 
+def test_a_name_that_no_redaction_counts_gets_into_no_header(cut_off: FlaskClient, codec_client: FlaskClient) -> None:
+    notes = {"redacted_faces": 2, "redacted_x\r\nSet-Cookie: a": 1, "redacted_\u2603": 1}
+    answer = codec_client.post("/continue", data=changed(continuation(cut_off, data=CAT), notes=notes))
+    assert (answer.status_code, answer.headers["Isthmus-Redacted"]) == (200, "faces=2"), answer.text
+
+
 @pytest.mark.parametrize("segments", [["..6"], ["..1", "1.."], ["6..", "6.."], [".."] * 2, ["..", "6.."]])
 def test_segments_that_do_not_lead_to_the_models_end_are_refused(
     cut_off: FlaskClient, codec_client: FlaskClient, photos: Published, segments: list[str]

@@ -18,7 +18,7 @@ from isthmus.pipeline import LoopbackHop
 from isthmus.pipeline.continuation import Continuation, decode_continuation
 from isthmus.routing.catalog import ModelCatalog
 from isthmus.serving.prediction import Predictor
-from isthmus.serving.redaction import REDACTED
+from isthmus.serving.redaction import PHOTO_COUNTS
 from isthmus.serving.request import FunctionRequest
 from isthmus.serving.response_bodies import photo_document, tensor_response
 
@@ -54,7 +54,7 @@ class Continuer:
         result = self._predictor.run(request, route, rest.tensors, rest.encoded)
         if "outputs" in rest.notes:
             return tensor_response(request, model, _tensor_request(rest), result)
-        redacted = [name for name in rest.notes if name.startswith(REDACTED)]
+        redacted = [name for name in PHOTO_COUNTS if name in rest.notes]
         sizes = {name: _number(rest, name) for name in ("photo_bytes", "input_bytes", *redacted)}
         segments = self._predictor.segment_documents(result)
         top_k = _number(rest, "top_k") or None

@@ -12,6 +12,8 @@ from isthmus.serving.request import FunctionRequest
 REDACTED_HEADER = "Isthmus-Redacted"
 # Counts of a photo's redaction are among its sizes, and so in continuations and in the document's `route`.
 REDACTED = "redacted_"
+# Those that a photo's redaction makes. Callers write continuations, and a name goes into a header.
+PHOTO_COUNTS = (f"{REDACTED}faces", f"{REDACTED}regions")
 _COUNT = re.compile(r"([a-z0-9_]+)=([0-9]+)")
 
 

@@ -94,6 +94,10 @@ def test_promote_begins_grows_finishes_and_aborts_a_canary(photos: Published) ->
     assert (begun["version"], begun["canary"]["version"], begun["canary"]["share"]) == (1, 2, 0.1)
     assert (begun["canary"]["rule"]["max_errors"], begun["canary"]["rule"]["min_requests"]) == (0.05, 200)
     assert begun["next"] == f"isthmus promote photos --as prod --abort --registry {photos.folder}"
+    place = ("--registry", photos.folder)
+    listed = document(isthmus("versions", "photos", *place, "--json"))["aliases"]["prod"]
+    assert [move["canary"] for move in listed[:2]] == [{"version": "2", "share": 0.1}, None]
+    assert "prod (canary, 10%)" in isthmus("versions", "photos", *place).stdout
     grown = promote("photos", "2", "--canary", "0.5")
     assert (grown["canary"]["share"], grown["canary"]["began"]) == (0.5, begun["counter"])
     assert promote("photos", "--abort")["canary"] is None

@@ -12,7 +12,10 @@ from isthmus_tools.cli.models import cuts_text
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from isthmus.artifacts.alias import Alias
+    from isthmus_tools.usecases.versions import VersionSummary
 
 # Earlier moves of an alias in the table; --json has all.
 _MOVES = 5
@@ -65,7 +68,7 @@ def versions(
             [
                 (
                     f"→ {row.version}" if row.serves else row.version,
-                    ", ".join(row.aliases),
+                    _names(row, aliases),
                     f"{row.published.astimezone():%Y-%m-%d %H:%M}",
                     "yes" if row.ran else "no",
                     cuts_text(row.calibrated),
@@ -89,7 +92,19 @@ def versions(
         say_command("next", following)
 
 
+def _names(row: VersionSummary, aliases: Mapping[str, Sequence[Alias]]) -> str:
+    """The aliases that mean a version, and those of which it is the canary at present."""
+    canaries = {alias: moves[0].canary for alias, moves in aliases.items()}
+    tried = [
+        f"{alias} (canary, {100 * canary.share:g}%)"
+        for alias, canary in canaries.items()
+        if canary is not None and str(canary.version) == row.version
+    ]
+    return ", ".join([*row.aliases, *tried])
+
+
 def _document(alias: Alias) -> dict[str, Any]:
+    canary = alias.canary
     return {
         "version": alias.number,
         "digest": alias.digest,
@@ -97,6 +112,7 @@ def _document(alias: Alias) -> dict[str, Any]:
         "moved_at": alias.moved_at.isoformat() if alias.moved_at is not None else None,
         "moved_by": alias.moved_by,
         "restores": alias.restores,
+        "canary": None if canary is None else {"version": str(canary.version), "share": canary.share},
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.context import Context, Deadline
-from isthmus.errors import HopUnavailable, IsthmusError, MemoryInUse, NotReady, RegistryError
+from isthmus.errors import HopMismatch, HopUnavailable, IsthmusError, MemoryInUse, NotReady, RegistryError
 from isthmus.pipeline import HopReply, Route, plan_route
 from isthmus.pipeline.hop import ServedTimes
 from isthmus.routing import Estimates, RouteCandidate, ServedModel, Warming, WatchedHop, watch
@@ -295,6 +295,16 @@ def test_a_new_version_without_room_beside_the_old_one_is_moved_to(
     assert not scene.warming.prepare(scene.model)
     scene.ask()
     assert scene.warming.prepare(scene.model)
+
+
+def test_a_hop_that_holds_another_bundle_is_named_once(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, LOG.name)
+    scene.cloud.error = HopMismatch("cloud answered 409")
+    scene.loaded()
+    scene.settle()
+    said = [record for record in caplog.records if "holds another bundle" in record.message]
+    assert [record.facts["segment"] for record in said] == ["6..", "1..", ".."]  # type: ignore[attr-defined]
+    assert "isthmus package" in said[0].facts["hint"]  # type: ignore[attr-defined]
 
 
 def test_versions_are_bounded(scene: Scene, photos: Published, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,9 @@ MAX_MOVE_WAIT_S = 10.0
 # The look-up of an alias waits for a quick load: the request that finds an old entry then gets the new version.
 PREPARE_S, _POLL_S = 0.2, 0.005
 
+_MISMATCH_ADVICE = (
+    "a function of isthmus package serves one bundle, and no canary: deploy it from the version, or with a registry"
+)
 _PASSING = (HopUnavailable, HopTimeout, HopBusy, NotReady, Overloaded)
 
 SegmentKey = tuple[str, str, str]
@@ -238,7 +241,10 @@ class Warming:
             self._pauses[name].back_off(self._clock())
             question.due = self._pauses[name].due  # a lost segment's own was that of its next check
             return
-        except HopMismatch:
+        except HopMismatch as e:
+            # Of head and tail one after the other, too, until both have the version.
+            if question.reply != "mismatch":
+                self._log_not_taken(key, e.message, "its function holds another bundle", _MISMATCH_ADVICE)
             question.reply = "mismatch"
             question.back_off(self._clock())
             is_loaded = False
@@ -256,12 +262,15 @@ class Warming:
 
     def _refused(self, key: SegmentKey, question: _Question, error: IsthmusError) -> None:
         if question.reply != "refused":
-            hop, bundle, segment = key
-            facts = {"hop": hop, "bundle": bundle, "segment": segment, "error": error.message, "hint": error.hint}
             is_memory = isinstance(error, MemoryInUse | SegmentTooLarge)
             why = "the hop has no room for its segment" if is_memory else "its segment cannot be loaded"
-            self._log.info("a route is not taken: %s", why, extra={"facts": facts})
+            self._log_not_taken(key, error.message, why, error.hint)
         question.settle("refused", self._clock() + _REFUSED_S)
+
+    def _log_not_taken(self, key: SegmentKey, error: str, why: str, hint: str) -> None:
+        hop, bundle, segment = key
+        facts = {"hop": hop, "bundle": bundle, "segment": segment, "error": error, "hint": hint}
+        self._log.info("a route is not taken: %s", why, extra={"facts": facts})
 
 
 def _keys(candidate: RouteCandidate) -> list[SegmentKey]:

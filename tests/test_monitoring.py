@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
 import yaml
 
+from isthmus.security.caller_keys import CallerEntry, key_digest, new_key
+from isthmus.security.callers import Role
 from isthmus.serving import create_router_app, create_segment_app
 from isthmus_tools.engine.stack import read_stack
 from support.bundles import Published, framed, photo, ready, router_settings, segment_settings, served
@@ -125,11 +128,13 @@ def test_a_real_prometheus_reads_a_router_and_tells_that_its_tail_died(photos: P
     with ExitStack() as tail, ExitStack() as apps:
         url = tail.enter_context(served(create_segment_app(segment_settings(photos, tmp_path / "tail"))))
         hops = ("local", url)
-        app = create_router_app(router_settings(photos, tmp_path / "router", hops, expose_details=False))
+        settings = router_settings(photos, tmp_path / "router", hops, expose_details=False, secrets_dir=str(tmp_path))
+        key = _key_of_a_caller(tmp_path)
+        app = create_router_app(settings)
         apps.callback(app.extensions["isthmus"].close)
         client = ready(app.test_client())
         server = apps.enter_context(prometheus(_configuration(apps.enter_context(served(app)), tmp_path)))
-        assert client.post("/", data=photo()).status_code == 200
+        assert client.post("/", data=photo(), headers=key).status_code == 200
         eventually(lambda: _value(server, 'isthmus_requests_total{endpoint="answer",code="200"}') >= 1)
         assert _value(server, 'isthmus_breaker_state{hop="hop1",state="closed"}') == 1
         assert firing(server) == set()
@@ -138,15 +143,26 @@ def test_a_real_prometheus_reads_a_router_and_tells_that_its_tail_died(photos: P
         tail.close()
 
         def is_told() -> bool:
-            client.post("/", data=photo(), headers={"X-Timeout": "500ms"})
+            client.post("/", data=photo(), headers={"X-Timeout": "500ms"} | key)
             return ("IsthmusHopAway", "hop1") in firing(server)
 
         eventually(is_told, 2 * LONG_S)
 
 
+def _key_of_a_caller(folder: Path) -> dict[str, str]:
+    """The header of a key whose digest is in the secret `callers`, and which is in the file that deploy/ names."""
+    key = new_key()
+    entry = CallerEntry(name="all", key=key_digest(key), roles={Role.INFER: ["*"], Role.METRICS: ["*"]})
+    (folder / "callers").write_bytes(msgspec.json.encode(entry))
+    (folder / "isthmus-key").write_text(f"{key}\n")
+    return {"X-API-Key": key}
+
+
 def _configuration(address: str, folder: Path) -> Path:
-    """deploy/'s job and rules, hurried: scraped every second, told at once, at an address of this test."""
-    configuration = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
+    """deploy/'s job with its key, and rules, hurried: scraped every second, told at once, at this test's address."""
+    commented, text = "    # authorization:\n    #   credentials_file", (DEPLOY / "prometheus.yml").read_text()
+    assert commented in text
+    configuration = yaml.safe_load(text.replace(commented, commented.replace("# ", "")))
     configuration["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     (job,) = configuration["scrape_configs"]
     job["static_configs"] = [{"targets": ["router"]}]

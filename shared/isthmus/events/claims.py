@@ -17,7 +17,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from isthmus.artifacts.constraints import matching
+from isthmus.artifacts.constraints import Count, matching
 from isthmus.errors import (
     CacheFull,
     ClaimExpired,
@@ -46,7 +46,7 @@ class Claim(Struct, frozen=True, forbid_unknown_fields=True, tag_field="format",
     """A reference to a stored body. Units: `size` in bytes, `expires` in seconds since the epoch."""
 
     digest: Annotated[str, matching("[0-9a-f]{64}")]
-    size: Annotated[int, Meta(ge=0)]
+    size: Count
     expires: Annotated[int, Meta(ge=0, le=2**40)]
     content_type: Annotated[str, Meta(max_length=256)] = ""
 

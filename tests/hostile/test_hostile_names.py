@@ -25,14 +25,15 @@ from support.bundles import Published, framed, photo, ready, router_settings, se
 from support.bundles import photos as photos
 
 KEY_DIGEST = "sha256:" + "0" * 64
+# Where a broken check would write to nothing: not to files of this machine.
 CLIMBING = (
     "..",
     "../..",
-    "../../../../etc/passwd",
-    "/etc/passwd",
-    "//etc/passwd",
+    "../../../../proc/isthmus",
+    "/proc/isthmus",
+    "//proc/isthmus",
     "..\\..\\windows\\win.ini",
-    "%2e%2e%2fetc%2fpasswd",
+    "%2e%2e%2fproc%2fisthmus",
     "..%2f..%2f",
     "%252e%252e%252f",
     "..%c0%af..%c0%af",
@@ -42,7 +43,7 @@ CLIMBING = (
     "photos/../../secret",
     "photos\0/../secret",
     "photos\n../secret",
-    "file:///etc/passwd",
+    "file:///proc/isthmus",
     "~/secret",
     "$HOME/secret",
     "`id`",

@@ -26,7 +26,10 @@ MIN_CASES = {
     "stored name": 300,
     "bomb": 35,
     "photo bomb": 20,
-    "connection": 60,
+    "tensor length": 80,
+    "photo length": 15,
+    "claim": 45,
+    "connection": 90,
 }
 """How many distinct cases of each kind there are at least."""
 

@@ -89,6 +89,10 @@ def key(
                 print_json({"id": key_id, "keyring": str(path), "action": action.value})
                 return
             say(f"{path} {'trusts' if action is KeyAction.TRUST else 'has revoked'} {key_id}")
+            state = next((each.state for each in keys.list_keys(path) if each.id == key_id), "")
+            # A window of the past or future: said at once, not by the functions' refusals.
+            if action is KeyAction.TRUST and state != "trusted":
+                say(f"its signatures do not count now: {state}, by --from and --until")
             say_command("next", f"faas-cli secret create trusted-keys --from-file={path}")
 
 

@@ -66,7 +66,11 @@ def new_key(path: Path, kind: KeyKind = KeyKind.SIGNING) -> NewKey:
     # Beside the private key, and named so that nobody takes one for the other.
     public = path.with_name(f"{path.name.removesuffix('.pem')}.pub.pem")
     if public.exists():
-        raise RequestMalformed(f"{public} is there already, and would be the public key", path=str(public))
+        raise RequestMalformed(
+            f"{public} is there already, and would be the public key",
+            path=str(public),
+            hint="name another file, or remove this pair if nothing is signed or encrypted with it",
+        )
     if kind is KeyKind.SIGNING:
         key = new_signing_key(path)
         public.write_text(key.public.pem())
@@ -97,7 +101,7 @@ def trust_key(keyring: Path, public: Path, name: str, not_before: datetime | Non
     A key that is there already gets the new name and window.
 
     Raises:
-        RequestMalformed: the file holds no single public key, or the window is empty.
+        RequestMalformed: the file holds no single public key, the key is revoked, or the window is empty.
         SettingsError: the keyring cannot be read or written.
     """
     if not_before is not None and not_after is not None and not_after <= not_before:
@@ -105,7 +109,18 @@ def trust_key(keyring: Path, public: Path, name: str, not_before: datetime | Non
     try:
         (key,) = parse_public_keys(_content(public))
     except ValueError as e:
-        raise RequestMalformed(f"{public} holds no single Ed25519 public key as PEM: {e}", path=str(public)) from e
+        raise RequestMalformed(
+            f"{public} holds no single Ed25519 public key as PEM: {e}",
+            path=str(public),
+            hint="`isthmus key new NAME.pem` writes the public key to NAME.pub.pem",
+        ) from e
+    # A key that was lost once is anybody's: an entry beside its revocation would count for nothing.
+    if keyring.exists() and key.id in parse_keyring(_content(keyring), str(keyring)).revoked:
+        raise RequestMalformed(
+            f"the key {key.id} is revoked in {keyring}, for good",
+            key=key.id,
+            hint="create another key: isthmus key new FILE",
+        )
     entry = TrustedKey(key.pem(), name, not_before, not_after)
 
     def add(document: KeyringDocument) -> KeyringDocument:

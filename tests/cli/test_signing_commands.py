@@ -64,10 +64,13 @@ def test_a_new_key_is_trusted_for_a_time_and_revoked(tmp_path: Path) -> None:
         "not_after": "2999-01-01T00:00:00+00:00",
     }
     # Once more: the same key, its window over.
-    ask("key", "trust", keyring, new["public"], "--until", "2001-01-01")
+    past = ("key", "trust", keyring, new["public"], "--until", "2001-01-01")
+    assert "its signatures do not count now: expired" in isthmus(*past).stdout
     assert [each["state"] for each in ask("key", "list", keyring)["keys"]] == ["expired"]
     assert ask("key", "revoke", keyring, new["id"][:8])["id"] == new["id"]
     assert [each["state"] for each in ask("key", "list", keyring)["keys"]] == ["revoked"]
+    # A revoked key is never trusted again, whatever the command says.
+    assert "is revoked" in refusal(isthmus("key", "trust", keyring, new["public"], "--json"))["error"]
     gone = "0" * 64
     ask("key", "revoke", keyring, gone)
     assert parse_keyring(keyring.read_bytes(), "it").revoked == {new["id"], gone}
@@ -131,6 +134,8 @@ def test_a_signed_alias_moves_with_a_key_alone(released: Release) -> None:
     signed = ask("promote", "photos:1", "--sign-with", released.key, *place)
     assert (signed["version"], signed["counter"], signed["alias_moved"]) == ("1", 2, True)
     assert signed["expires"]
+    twice = refusal(isthmus("promote", "photos:1", "2", *place, "--json"))
+    assert (twice["type"], twice["hint"]) == ("RequestMalformed", "isthmus promote photos:1 --as prod")
     refused = refusal(isthmus("promote", "photos", "2", *place, "--json"))
     assert (refused["type"], refused["facts"]["reason"]) == ("Untrusted", "not_signed")
     assert "--sign-with" in refused["hint"]
@@ -143,6 +148,17 @@ def test_a_signed_alias_moves_with_a_key_alone(released: Release) -> None:
     ask("sign", "photos", "--key", released.key, *place)
     assert ask("promote", "photos", "2", *place, "--sign-with", released.key)["alias_was"] == "1"
     assert ask("rollback", "photos", *place, "--sign-with", released.key)["version"] == "1"
+
+
+def test_a_signed_rollback_to_a_version_that_nobody_signed_is_refused(released: Release) -> None:
+    place = ("--registry", released.folder)
+    ask("promote", "photos", "2", "--sign-with", released.key, *place)
+    refused = refusal(isthmus("rollback", "photos", "--sign-with", released.key, *place, "--json"))
+    assert (refused["type"], refused["facts"]["reason"]) == ("Untrusted", "not_signed")
+    assert "promote photos:1 --as prod" in refused["hint"]
+    assert ask("verify", "photos", *place, "--trusted-keys", released.keyring)["version"] == "2"
+    ask("sign", "photos:1", "--key", released.key, *place)
+    assert ask("rollback", "photos", "--sign-with", released.key, *place)["version"] == "1"
 
 
 def test_a_canary_of_a_signed_alias_is_signed_and_begun_with_the_key_alone(released: Release) -> None:

@@ -173,6 +173,7 @@ class Aliases:
                     alias=f"{name}:{alias}",
                     counter=before.counter,
                     expected=expected,
+                    hint=f"see what it means now, and its counter: isthmus versions {name}",
                 )
             wanted = target(before) if callable(target) else target
             same = (before.version, before.digest, before.canary) == (wanted.version, wanted.digest, wanted.canary)
@@ -316,7 +317,7 @@ def _unsigned_move(name: str, alias: str) -> Untrusted:
         f"the alias {name}:{alias} is signed; moved without a key, functions that demand signatures would refuse it",
         reason="not_signed",
         model=f"{name}:{alias}",
-        hint=f"move it with the key: isthmus promote {name} VERSION --as {alias} --sign-with FILE",
+        hint="give this command the key: --sign-with FILE, or ISTHMUS_SIGN_WITH",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from isthmus.errors import Missing
+from isthmus.errors import Missing, Untrusted
 from isthmus.registry.aliases import PROD, AliasSigner, Move
 from isthmus.registry.registry import Registry
 
@@ -31,9 +31,11 @@ def roll_back(
     Raises:
         Missing: no such model or alias, or no earlier version is on record.
         AliasMoved: somebody else moved the alias meanwhile.
+        Untrusted: with a signer, nobody signed the version; the alias did not move.
     """
     present = registry.alias(name, alias)
-    numbers = [version.version for version in registry.versions(name)]
+    digests = {version.version: version.digest for version in registry.versions(name)}
+    numbers = [*digests]
     before = present.origin
     for earlier in registry.alias_history(name, alias):
         # A rollback stands for the move that it went back to: those between were undone.
@@ -41,6 +43,15 @@ def roll_back(
             continue
         before = earlier.origin
         if earlier.number in numbers and earlier.version != present.version:
+            # Not signed on the way, as a promotion does: whoever can write to the registry can write its history.
+            if signer is not None and not registry.signatures.of(digests[earlier.number]):
+                raise Untrusted(
+                    f"{name}:{earlier.number}, to which {alias} would go back, is not signed: functions that demand"
+                    " signatures would refuse it",
+                    reason="not_signed",
+                    model=f"{name}:{earlier.number}",
+                    hint=f"if you trust it: isthmus promote {name}:{earlier.number} --as {alias} --sign-with FILE",
+                )
             return registry.move_alias(
                 name,
                 alias,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from isthmus.errors import RequestMalformed
 from isthmus_tools.cli.completion import complete_aliases, complete_models
 from isthmus_tools.cli.console import FOLLOWING, errors, print_json, run, say, say_command
 from isthmus_tools.cli.options import (
@@ -75,6 +76,10 @@ def promote(
     from isthmus_tools.usecases.signing import open_signer
 
     with errors(as_json):
+        if version and ":" in model:
+            raise RequestMalformed(
+                f"{model} names a version, and so does {version}", hint=f"isthmus promote {model} --as {alias}"
+            )
         signer = open_signer(sign_with, expires_days)
         if canary or finish or abort or rule:
             reference = f"{model}:{version}" if version else model

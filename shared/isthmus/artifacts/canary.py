@@ -22,6 +22,7 @@ _FIELDS = {
     "latency": "max_latency_ratio",
     "confidence": "confidence",
 }
+_NOT_SHARES = ("requests", "latency")
 
 
 class CanaryRule(Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,6 +39,12 @@ class CanaryRule(Struct, frozen=True, forbid_unknown_fields=True):
     max_latency_ratio: Annotated[float, Meta(ge=1, le=1000)] = 2.0
     # As the guard's: every request tests again, so 0.95 would fire too often.
     confidence: Annotated[float, Meta(ge=0.5, lt=1)] = 0.999
+
+    def option(self) -> str:
+        """The rule as the option --rule takes it."""
+        values = {name: getattr(self, field) for name, field in _FIELDS.items()}
+        texts = {name: f"{value:g}" if name in _NOT_SHARES else f"{value * 100:g}%" for name, value in values.items()}
+        return ",".join(f"{name}={text}" for name, text in texts.items())
 
 
 class Canary(Struct, frozen=True, forbid_unknown_fields=True):

@@ -49,12 +49,11 @@ def canary(
         for document in report.aliases:
             tried = document.canary
             if tried is not None:
-                rule = ", ".join(f"{name} {value:g}" for name, value in msgspec.to_builtins(tried.rule).items())
                 say(
                     f"{document.alias} means {model}:{document.version}; {tried.share:.0%} of its callers get"
                     f" {model}:{tried.version}"
                 )
-                say(f"rolled back by: {rule}")
+                say(f"rolled back by the rule {tried.rule.option()}")
         # No error: the end of a trial is a state like another.
         if not report.aliases:
             say(f"no alias of {model} has a canary")

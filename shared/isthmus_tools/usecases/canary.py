@@ -132,6 +132,8 @@ def report_canaries(question: CanaryQuestion) -> CanaryReport:
         HopError: the router does not answer.
     """
     store = open_registry(question.registry)
+    # A mistyped name has no canary either, and a pipeline would take that for the end of a trial.
+    store.versions(question.name)
     documents = [store.alias(question.name, alias) for alias in store.aliases(question.name)]
     trials: Sequence[TrialState] = ()
     if question.router:

@@ -116,7 +116,7 @@ def test_a_file_of_callers_grows_by_a_line_and_is_its_owners_alone(tmp_path: Pat
     assert file.stat().st_mode & 0o777 == 0o600
     callers = parse_caller_keys(file.read_text().splitlines(), where="here")
     assert [getattr(callers.find(key), "name", "") for key in keys] == ["ann", "bob"]
-    with pytest.raises(SettingsError, match="line 3"):
+    with pytest.raises(RequestMalformed, match="has a caller ann already"):
         new_caller(NewCallerRequest(name="ann", file=file))
     assert len(file.read_text().splitlines()) == 2
 

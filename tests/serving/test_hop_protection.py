@@ -123,6 +123,7 @@ def test_a_router_without_keys_is_told_what_to_do(protected: Protected, photos: 
     with pytest.raises(HopRejected) as caught:
         hop.call(Frame(photos.inputs, photos.digest, "..", "r"), context())
     assert caught.value.facts["status"] == 401
+    assert "hop-keys" in caught.value.hint
     assert "hop-keys" in str(caught.value.facts["error"])
     hop.close()
 

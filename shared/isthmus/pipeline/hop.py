@@ -453,7 +453,9 @@ class HttpHop:
             raise refused(text, **{**_own_facts(error), **facts})
         if error.get("type") == _MISMATCH:
             raise HopMismatch(message, **_mismatch_facts(error), **facts)
-        raise HopRejected(message, **facts)
+        # Whoever called this function has a key; it is this function that the hop does not know.
+        hint = _KEYS_ADVICE if status == 401 else ""
+        raise HopRejected(message, hint=hint, **facts)
 
 
 def untrusted(url: str, problem: TlsProblem) -> HopUntrusted:

@@ -117,7 +117,7 @@ class Access:
 
         Raises:
             CallerUnauthenticated: no key or token, or none that is taken.
-            CallerForbidden: the caller has not the role for any model, or the route has no row.
+            CallerForbidden: the caller does not have the role for any model, or the route has no row.
             CallerLimited: the caller's limits.
             IssuerUnavailable: a token, and no keys to verify it.
         """
@@ -264,7 +264,7 @@ def _is_loopback(text: str) -> bool:
 def _forbidden(caller: Caller, role: Role, model: str = "") -> CallerForbidden:
     about = f" for the model {model!r}" if model else ""
     return CallerForbidden(
-        f"the caller {caller.name} has not the role {role.value}{about}",
+        f"the caller {caller.name} does not have the role {role.value}{about}",
         role=role.value,
         **({"model": model} if model else {}),
         hint="whoever administers the secret callers, or issues the token, grants roles",

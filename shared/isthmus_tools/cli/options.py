@@ -13,6 +13,7 @@ import typer
 
 from isthmus.artifacts.cuts import SYNTAX
 from isthmus.errors import RequestMalformed
+from isthmus.security.caller_keys import KEY_PREFIX
 from isthmus.settings import RegistrySettings
 from isthmus.units import parse_duration
 from isthmus_tools.budget import Budget
@@ -184,10 +185,16 @@ def read_api_key(file: Path | None) -> str | None:
 
     Raises:
         OSError: the file cannot be read.
-        RequestMalformed: longer than any key.
+        RequestMalformed: longer than any key, or the option is the key itself, which the error does not repeat.
     """
     if file is None:
         return None
+    if file.name.startswith(KEY_PREFIX) and not file.exists():
+        raise RequestMalformed(
+            "--api-key is the name of a file that holds the key",
+            option="--api-key",
+            hint="the key itself goes into the variable ISTHMUS_API_KEY",
+        )
     with file.open("rb") as f:
         data = f.read(_MAX_KEY_BYTES + 1)
     if len(data) > _MAX_KEY_BYTES:

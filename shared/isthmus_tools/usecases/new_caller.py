@@ -59,8 +59,8 @@ def new_caller(request: NewCallerRequest) -> NewCaller:
     """Make a key, and append its line to the file where the request names one.
 
     Raises:
-        RequestMalformed: a name, role or model that is none.
-        SettingsError: the file is no list of callers, or has the name already.
+        RequestMalformed: a name, role or model that is none, or a name that the file has already.
+        SettingsError: the file is no list of callers.
     """
     key = new_key()
     rates: dict[str, Any] = {"requests_per_s": request.requests_per_s, "bytes_per_s": request.bytes_per_s}
@@ -80,8 +80,16 @@ def new_caller(request: NewCallerRequest) -> NewCaller:
 
 def _append(file: Path, line: str) -> None:
     text = file.read_text("ascii", "replace") if file.exists() else ""
-    lines = [each for each in text.splitlines() if each.strip()] + [line]
+    lines = [each for each in text.splitlines() if each.strip()]
     parse_caller_keys(lines, where=str(file))
+    name = msgspec.json.decode(line)["name"]
+    if name in [msgspec.json.decode(each)["name"] for each in lines]:
+        raise RequestMalformed(
+            f"{file} has a caller {name} already",
+            parameter="name",
+            hint="replace a key under another name first; then remove the line of the old one",
+        )
+    parse_caller_keys([*lines, line], where=str(file))
     # Nobody else need read who may call; the digests of keys are of no use.
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with open(descriptor, "a", encoding="ascii") as f:

@@ -60,7 +60,7 @@ def _hop_keys(functions: list[FunctionSpec]) -> SecurityFinding:
         "hop-keys",
         "high",
         [f.name for f in needing if HOP_KEYS not in f.secrets],
-        "no secret hop-keys: whoever reaches the function can run every segment of the registry",
+        "no secret hop-keys: segment functions refuse the router, or run every segment for anyone by access=anyone",
         "create the secret and name it in ISTHMUS_SECRETS, for all of these functions: docs/reference/sealing.md",
         right="every function that calls or runs segments has the secret hop-keys",
     )

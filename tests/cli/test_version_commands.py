@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from isthmus.security.caller_keys import new_key
 from support.bundles import Published, publish_photos
-from support.cli import document, isthmus
+from support.cli import document, isthmus, refusal
 
 
 @pytest.fixture
@@ -137,3 +138,20 @@ def test_publish_verify_diff_and_pull_say_what_they_did(photos: Published, tmp_p
     path.write_bytes(b"\0" * path.stat().st_size)
     result = isthmus("verify", "photos:2", "--registry", photos.folder)
     assert (result.exit_code, "damaged: sha256:" in result.stdout) == (1, True)
+
+
+def test_publish_names_what_the_first_version_of_a_model_serves(photos: Published, tmp_path: Path) -> None:
+    place = tmp_path / "elsewhere"
+    first = say(photos, "publish", "photos:2", "--to", place)
+    assert "prod means photos:1" in first
+    assert f"next: isthmus versions photos --registry {place}" in first
+    second = say(photos, "publish", "photos:1", "--to", place)
+    assert "prod means" not in second
+    assert f"next: isthmus promote photos 2 --as prod --registry {place}" in second
+
+
+def test_a_key_in_the_place_of_its_file_is_refused_and_not_repeated() -> None:
+    key = new_key()
+    refused = isthmus("top", "--api-key", key, "--json")
+    assert "ISTHMUS_API_KEY" in refusal(refused)["hint"]
+    assert key not in refused.output

@@ -71,6 +71,8 @@ def publish(
         # The target may have given another number than the source's.
         version, place = result.version, to or registry
         following = in_registry(f"isthmus promote {version.name} {version.version} --as prod", place)
+        if result.serves:
+            following = in_registry(f"isthmus versions {version.name}", place)
         if result.move is not None:
             following = undo_command(result.move, place)
         if as_json:
@@ -80,6 +82,7 @@ def publish(
                     "version": version.version,
                     "digest": version.digest,
                     "registry": place,
+                    "serves": result.serves,
                     "copied_bytes": result.copied_bytes,
                     "ran_s": {each.segment: round(each.seconds, 3) for each in result.runs},
                     "alias": move_document(result.move) if result.move is not None else None,
@@ -92,4 +95,6 @@ def publish(
         if result.move is not None:
             show_move(result.move, following)
         else:
+            if result.serves:
+                say(f"prod means {version.name}:{version.version}")
             say_command("next", following)

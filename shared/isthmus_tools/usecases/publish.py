@@ -45,13 +45,17 @@ class PublishRequest:
 
 @dataclass(frozen=True)
 class PublishResult:
-    """A version in its registry, the runs of its segments, the bytes copied, and the alias's move, if any."""
+    """A version in its registry, the runs of its segments, the bytes copied, and the alias's move, if any.
+
+    `serves`: requests without a version reach it, as they do a model's first version.
+    """
 
     version: Version
     bundle: Bundle
     runs: Sequence[TrialRun]
     copied_bytes: int = 0
     move: Move | None = None
+    serves: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +120,8 @@ def publish(request: PublishRequest, progress: Progress = silent) -> PublishResu
         if request.target is not None:
             # Uploads nothing more, and gives the number that is free in the target.
             version = target.publish(found.bundle, files)
-    return PublishResult(version, found.bundle, runs, copied, _signed_and_moved(request, target, version))
+    move = _signed_and_moved(request, target, version)
+    return PublishResult(version, found.bundle, runs, copied, move, _serves(target, version))
 
 
 def _publish_encrypted(
@@ -131,7 +136,12 @@ def _publish_encrypted(
     copy_signatures(source.signatures, found.digest, target.signatures)
     record_runs(target, found.bundle, all_segments(found.bundle))
     version = target.publish(found.bundle, {})
-    return PublishResult(version, found.bundle, runs, copied, _signed_and_moved(request, target, version))
+    move = _signed_and_moved(request, target, version)
+    return PublishResult(version, found.bundle, runs, copied, move, _serves(target, version))
+
+
+def _serves(target: Registry, version: Version) -> bool:
+    return target.aliases(version.name).get(PROD) == version.version
 
 
 def _signed_and_moved(request: PublishRequest, target: Registry, version: Version) -> Move | None:

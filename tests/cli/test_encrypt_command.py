@@ -89,6 +89,7 @@ def test_lists_of_versions_need_no_key(photos: Published, monkeypatch: pytest.Mo
     ("recipient", "said"),
     [
         ("missing.pem@head", "No such file"),
+        ("missing.pem", "No such file"),
         ("own-secrets/recipient-key", "never leaves its recipient"),
         ("edge.pub.pem@nosuch", "no segment 'nosuch'"),
         ("edge.pub.pem@head", "nobody could read all"),

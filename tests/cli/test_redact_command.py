@@ -99,7 +99,8 @@ def test_a_detector_of_ones_own_is_taken(photos: Published, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "kind", "words"),
     [
-        ([], "RequestMalformed", "redaction of nothing"),
+        ([], "RequestMalformed", "name what to redact"),
+        (["--remove", "--faces"], "RequestMalformed", "--remove alone"),
         (["--patterns", "email"], "RequestMalformed", "takes no texts"),
         (["--patterns", "names"], "RequestMalformed", "no pattern 'names'"),
         (["--pattern", "own=(?=a)"], "ModelError", "pattern own cannot be used"),

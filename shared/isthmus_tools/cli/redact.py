@@ -62,6 +62,12 @@ def redact(
     from isthmus_tools.usecases import redact as use_case
 
     with errors(as_json):
+        chosen = bool(faces or detector or region or patterns or pattern)
+        if remove == chosen:
+            raise RequestMalformed(
+                "name what to redact by --faces, --region, --patterns or --pattern, or --remove alone",
+                hint=f"isthmus show {model} says what a version redacts",
+            )
         request = use_case.RedactRequest(
             model=model,
             registry=registry_settings(registry),

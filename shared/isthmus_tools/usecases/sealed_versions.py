@@ -60,7 +60,7 @@ def parse_addressee(text: str) -> Addressee:
     """
     # A file's name may hold an @.
     path, selection = Path(text), ""
-    if not path.is_file():
+    if not path.is_file() and "@" in text:
         name, _, selection = text.rpartition("@")
         path = Path(name)
     try:

@@ -95,10 +95,9 @@ def collect(registry: Registry, older_than_s: float = DAY_S) -> Garbage:
 
 def _log(registry: Registry, garbage: Garbage, removed: int) -> None:
     """Append the collection, and what killed writers left out, to the audit log."""
-    names = registry.models()
     registry.changes.recover(
-        ((v.name, v.version, v.digest) for name in names for v in registry.versions(name)),
-        (document for name in names for document in registry.alias_documents(name)),
+        ((version.name, version.version, version.digest) for version in registry.all_versions()),
+        (document for name in registry.models() for document in registry.alias_documents(name)),
     )
     if removed:
         size = sum(entry.size for entry in garbage.removable[:removed])
@@ -129,9 +128,8 @@ def reachable(registry: Registry) -> set[str]:
     Raises:
         Missing, Corrupt: a version's manifest, plan or grant is not there, or not what was published.
     """
-    names = registry.models()
-    manifests = [version.digest for name in names for version in registry.versions(name)]
-    manifests += [digest for name in names for digest in registry.alias_digests(name)]
+    manifests = [version.digest for version in registry.all_versions()]
+    manifests += [digest for name in registry.models() for digest in registry.alias_digests(name)]
     reached = set[str]()
     for each in _walk(registry, manifests, all_grants(registry.store)):
         reached.add(blob_key(each.digest))

@@ -148,7 +148,7 @@ class Registry:
     def _upload(self, bundle: Bundle, data: bytes, files: Mapping[str, Path]) -> None:
         digest = manifest.digest_of(data)
         upload = Upload(self._store, self.retry_policy, self.retry_policy.budget())
-        if not is_encrypted(self._store, digest, bundle):
+        if not is_encrypted(self._store, self.retry_policy, digest, bundle):
             refuse_sealed(self._store, bundle)
             for _ in in_parallel(lambda each: upload.file(each, files.get(each)), sorted(bundle.blobs())):
                 pass
@@ -201,6 +201,10 @@ class Registry:
             Missing: no such model; facts list the existing models.
         """
         return [Version(name, number, self._digest(name, number)) for number in self._numbers(name)]
+
+    def all_versions(self) -> list[Version]:
+        """All versions of all models."""
+        return [version for name in self.models() for version in self.versions(name)]
 
     def alias(self, name: str, alias: str) -> Alias:
         """The document of an alias.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from cachetools import LRUCache
 
@@ -16,6 +17,7 @@ from isthmus.artifacts.grant import GRANT, MAX_GRANT_BYTES, Grant, to_json
 from isthmus.errors import Missing, NotGranted, RegistryMissing
 from isthmus.registry.blobs import BlobStore, ended_early, missing_blob, too_long
 from isthmus.registry.content import Bundles, blob_key
+from isthmus.registry.retry_policy import RetryPolicy
 from isthmus.security.grants import SealedKeys, open_grant
 from isthmus.security.recipients import Unwrapper
 from isthmus.security.sealed_blob import open_range
@@ -56,6 +58,16 @@ def read_grant(store: BlobStore, manifest: str, recipient: str) -> Grant:
     return grant
 
 
+def grants_in(store: BlobStore, retry_policy: RetryPolicy, manifest: str) -> list[Grant]:
+    """All grants of a bundle; none of one that is not encrypted.
+
+    Raises:
+        RegistryError: a grant cannot be read.
+    """
+    recipients = grants_of(store, manifest)
+    return [retry_policy(partial(read_grant, store, manifest, recipient)) for recipient in recipients]
+
+
 def put_grant(store: BlobStore, grant: Grant) -> None:
     """Store a grant; it replaces an earlier one of that recipient."""
     store.put(grant_key(grant.manifest, grant.recipient), to_json(grant))
@@ -75,12 +87,12 @@ def is_sealed(store: BlobStore, digest: str) -> bool:
     return bool(store.list(f"{SEALED}{_hex(digest)}/"))
 
 
-def is_encrypted(store: BlobStore, manifest: str, bundle: Bundle) -> bool:
+def is_encrypted(store: BlobStore, retry_policy: RetryPolicy, manifest: str, bundle: Bundle) -> bool:
     """Whether all content of a bundle is in the store sealed, and one recipient can read it."""
-    grants = (read_grant(store, manifest, recipient) for recipient in grants_of(store, manifest))
-    whole = next((grant for grant in grants if grant.whole), None)
+    whole = next((grant for grant in grants_in(store, retry_policy, manifest) if grant.whole), None)
     return whole is not None and all(
-        digest in whole.sealed and store.exists(sealed_key(digest, whole.sealed[digest])) for digest in bundle.content
+        digest in whole.sealed and retry_policy(partial(store.exists, sealed_key(digest, whole.sealed[digest])))
+        for digest in bundle.content
     )
 
 

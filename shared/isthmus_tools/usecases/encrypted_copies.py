@@ -13,7 +13,7 @@ from isthmus.registry import BlobStore, Registry
 from isthmus.registry.collection import reached_by
 from isthmus.registry.content import blob_key, corrupt
 from isthmus.registry.leases import publish_lease
-from isthmus.registry.sealed_content import grants_of, put_grant, read_grant, sealed_key
+from isthmus.registry.sealed_content import grants_in, put_grant, sealed_key
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.sealed_versions import Addressee, give, parse_addressees, plan_of, seal_content
 
@@ -39,13 +39,12 @@ def copy_encrypted(
 def _refuse_missing_variants(source: Registry, target: Registry, digest: str) -> None:
     # Whether a variant is encrypted, and for whom, is its own publisher's choice.
     reached = reached_by(source, [digest]) - {digest}
-    for name in source.models():
-        for version in source.versions(name):
-            if version.digest in reached and not target.store.exists(blob_key(version.digest)):
-                raise RequestMalformed(
-                    f"the plan serves {name}:{version.version}, which {target.url} does not have",
-                    hint=f"publish that first: isthmus publish {name}:{version.version} --to {target.url} …",
-                )
+    for version in source.all_versions():
+        if version.digest in reached and not target.store.exists(blob_key(version.digest)):
+            raise RequestMalformed(
+                f"the plan serves {version.name}:{version.version}, which {target.url} does not have",
+                hint=f"publish that first: isthmus publish {version.name}:{version.version} --to {target.url} …",
+            )
 
 
 def seal_into(
@@ -82,9 +81,7 @@ def copy_sealed(source: Registry, target: Registry, digest: str, progress: Progr
         Corrupt: the target gives other bytes than the source.
         RegistryError: a registry cannot be read or written.
     """
-    recipients = source.retry_policy(lambda: grants_of(source.store, digest))
-    grants = [source.retry_policy(lambda each=each: read_grant(source.store, digest, each)) for each in recipients]  # type: ignore[misc]
-    if not grants:
+    if not (grants := grants_in(source.store, source.retry_policy, digest)):
         return 0
     keys = sorted({sealed_key(blob, identity) for grant in grants for blob, identity in grant.sealed.items()})
     copied = 0

@@ -14,7 +14,7 @@ from isthmus.registry.collection import DAY_S, reachable
 from isthmus.registry.content import blob_key, read_manifest
 from isthmus.registry.leases import collect_lease, publish_lease
 from isthmus.registry.retry_policy import in_parallel
-from isthmus.registry.sealed_content import grant_key, grants_of, read_grant
+from isthmus.registry.sealed_content import grant_key, grants_in, grants_of
 from isthmus.security.audit import AuditLog, local_user
 from isthmus.security.grants import SealedKeys
 from isthmus.settings import RegistrySettings
@@ -188,7 +188,7 @@ def list_grants(registry: Registry, manifest: str, bundle: Bundle) -> list[Grant
     Raises:
         RegistryError: a grant cannot be read.
     """
-    grants = [_read(registry, manifest, recipient) for recipient in grants_of(registry.store, manifest)]
+    grants = _grants(registry, manifest)
     every = (*bundle.segment_list, *(each.segment for each in bundle.exits))
     total = readable_bytes(bundle, every)
     summaries = [
@@ -228,8 +228,7 @@ def _sharing(registry: Registry, model: Resolved, request: EncryptRequest) -> li
     """The other versions, of any model, that are not encrypted and share content with this one."""
     others = [
         version
-        for name in registry.models()
-        for version in registry.versions(name)
+        for version in registry.all_versions()
         if version.digest != model.digest and not _whole_grants(registry, version.digest)
     ]
     # Not by the cache of bundles, which holds some: keys of sealed content are found by the bundles in it.
@@ -249,7 +248,7 @@ def _sharing(registry: Registry, model: Resolved, request: EncryptRequest) -> li
 def _is_done(registry: Registry, versions: Sequence[tuple[str, Bundle]], addressees: Sequence[Addressee]) -> bool:
     """Whether the grants are these already: an interrupted run has plain content left to remove."""
     for manifest, bundle in versions:
-        grants = [_read(registry, manifest, recipient) for recipient in grants_of(registry.store, manifest)]
+        grants = _grants(registry, manifest)
         if {each.recipient for each in grants} != {each.recipient.id for each in addressees}:
             return False
         # An earlier run may have been killed between two grants; the one of everything is stored first.
@@ -309,8 +308,7 @@ def _refuse_last(registry: Registry, model: Resolved, recipient: str, unless: bo
 
 
 def _whole_grants(registry: Registry, manifest: str) -> list[str]:
-    recipients = grants_of(registry.store, manifest)
-    return [recipient for recipient in recipients if _read(registry, manifest, recipient).whole]
+    return [each.recipient for each in _grants(registry, manifest) if each.whole]
 
 
 def _all_keys(registry: Registry, model: Resolved, digest: str) -> SealedKeys:
@@ -329,12 +327,11 @@ def _all_keys(registry: Registry, model: Resolved, digest: str) -> SealedKeys:
 
 
 def _recipient_id(registry: Registry, model: Resolved, text: str) -> str:
-    recipients = grants_of(registry.store, model.digest)
-    labels = [(_read(registry, model.digest, each).label, each) for each in recipients]
+    labels = [(each.label, each.recipient) for each in _grants(registry, model.digest)]
     named = [recipient for label, recipient in labels if text in (label, recipient)]
     # A label is what people see in lists; the file is at hand where the grant was given.
     with suppress(RequestMalformed):
-        named = named or [each for each in recipients if each == parse_addressee(text).recipient.id]
+        named = named or [each for _, each in labels if each == parse_addressee(text).recipient.id]
     if len(named) != 1:
         raise Missing(
             f"{model.name}:{model.version} has {'several grants' if named else 'no grant'} for {text[:80]!r}",
@@ -345,22 +342,20 @@ def _recipient_id(registry: Registry, model: Resolved, text: str) -> str:
     return named[0]
 
 
-def _read(registry: Registry, manifest: str, recipient: str) -> Grant:
-    return registry.retry_policy(lambda: read_grant(registry.store, manifest, recipient))
+def _grants(registry: Registry, manifest: str) -> list[Grant]:
+    return grants_in(registry.store, registry.retry_policy, manifest)
 
 
 # A plan's variant is a bundle of its own: its segments are others, and `head` of it may be the whole model.
 def _variant(registry: Registry, manifest: str) -> str:
     """A manifest that the plan names and that is not encrypted, if there is one."""
-    named = {d for recipient in _whole_grants(registry, manifest) for d in _read(registry, manifest, recipient).reaches}
-    names = [version for name in registry.models() for version in registry.versions(name) if version.digest in named]
+    named = {digest for each in _grants(registry, manifest) if each.whole for digest in each.reaches}
+    names = [version for version in registry.all_versions() if version.digest in named]
     plain = [f"{v.name}:{v.version}" for v in names if v.digest != manifest and not _whole_grants(registry, v.digest)]
     return plain[0] if plain else ""
 
 
 def _numbers(registry: Registry, name: str, versions: Sequence[tuple[str, Bundle]]) -> list[str]:
     digests = {digest for digest, _ in versions}
-    numbered = [
-        version for model in registry.models() for version in registry.versions(model) if version.digest in digests
-    ]
+    numbered = [version for version in registry.all_versions() if version.digest in digests]
     return [f"{version.name}:{version.version}" for version in sorted(numbered, key=lambda v: v.name != name)]

@@ -103,6 +103,17 @@ def test_nothing_plain_is_left_but_the_manifest(encrypted: Encrypted) -> None:
         assert not any(part in data for part in (fake.weights[:64], fake.weights[-64:], graph[:40])), key
 
 
+def test_what_an_interrupted_pull_fetched_of_the_plain_content_is_removed_too(
+    store: BlobStore, fake: Fake, keys: Keys, use: list[Registry]
+) -> None:
+    assert isinstance(store, FolderStore)
+    use[-1].publish(fake.bundle, fake.files)
+    store.pulls.mkdir()
+    (store.pulls / fake.bundle.weights.blob.digest.removeprefix("sha256:")).write_bytes(fake.weights[:64])
+    encrypt(keys.file("cloud"))
+    assert list(store.pulls.iterdir()) == []
+
+
 def test_a_recipient_of_everything_reads_everything(encrypted: Encrypted, tmp_path: Path) -> None:
     fake, cache = encrypted.fake, encrypted.cache("cloud", tmp_path / "cache")
     for segment in ("..", "..1", "1.."):

@@ -259,6 +259,15 @@ class FolderStore:
         """The folder of files that a pull fetches; no key is there."""
         return self._root / _PULLS
 
+    def forget_pull(self, key: str) -> None:
+        """Remove what an interrupted pull fetched of a blob."""
+
+        def forget() -> None:
+            with self._errors(key):
+                (self.pulls / key.rpartition("/")[2]).unlink(missing_ok=True)
+
+        self._bounded(forget, key)
+
     def _bounded(self, call: Callable[[], T], key: str, size: int = 0) -> T:
         return self._calls(call, self._retry.try_s + size / _MIN_BYTES_PER_S, key)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.grant import Grant
 from isthmus.errors import Missing, NotGranted, RequestMalformed
-from isthmus.registry import Registry, Resolved, open_registry
+from isthmus.registry import FolderStore, Registry, Resolved, open_registry
 from isthmus.registry.collection import DAY_S, reachable
 from isthmus.registry.content import blob_key, read_manifest
 from isthmus.registry.leases import collect_lease, publish_lease
@@ -282,6 +282,8 @@ def _remove_plain(registry: Registry, bundles: Sequence[Bundle]) -> int:
         keys -= reachable(registry)
 
         def remove(key: str) -> bool:
+            if isinstance(store, FolderStore):
+                store.forget_pull(key)
             present = retry_policy(lambda: store.exists(key))
             if present:
                 retry_policy(lambda: store.delete(key))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 
@@ -161,6 +162,17 @@ def test_what_was_changed_in_the_store_is_corrupt_and_named(store: BlobStore, fa
     store.put(f"blobs/sha256/{fake.digest[7:]}", b"{}")
     with pytest.raises(Corrupt):
         Registry(store, PATIENCE).resolve("fake")
+
+
+def test_an_alias_whose_time_names_no_zone_is_corrupt(folder_registry: Registry, fake: Fake) -> None:
+    folder_registry.publish(fake.bundle, fake.files)
+    key = "models/fake/aliases/prod"
+    document = folder_registry.store.get(key, max_bytes=4096)
+    zone = re.search(rb'"moved_at":"[^"]*(Z|\+00:00)"', document)
+    assert zone is not None
+    folder_registry.store.put(key, document[: zone.start(1)] + document[zone.end(1) :])
+    with pytest.raises(Corrupt, match="moved_at"):
+        folder_registry.alias("fake", "prod")
 
 
 def test_open_registry_reads_the_secrets_folder(moto_s3: Moto, tmp_path: Path, fake: Fake) -> None:

@@ -6,14 +6,13 @@ docs/reference/registry.md, "The alias document".
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated
 
 from msgspec import Meta, Struct
 
 from isthmus.artifacts.bundle import ModelName
 from isthmus.artifacts.canary import Canary
-from isthmus.artifacts.constraints import Count, Digest
+from isthmus.artifacts.constraints import Count, Digest, Moment
 from isthmus.artifacts.json_documents import DocumentKind, builtins, canonical
 from isthmus.errors import RegistryError
 
@@ -39,11 +38,11 @@ class Alias(Struct, frozen=True, forbid_unknown_fields=True, tag_field="format",
     version: VersionNumber | None
     digest: Digest | None
     counter: Count
-    moved_at: datetime | None
+    moved_at: Moment | None
     moved_by: Annotated[str, Meta(max_length=200)]
     canary: Canary | None = None
     restores: Count | None = None
-    expires: Annotated[datetime, Meta(tz=True)] | None = None
+    expires: Moment | None = None
 
     @property
     def origin(self) -> int:

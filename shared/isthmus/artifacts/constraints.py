@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from typing import Annotated
 
 from msgspec import Meta, Struct
@@ -28,6 +29,8 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 # Strings become header values, keys and log lines; frames have tighter bounds of their own.
 Text = Annotated[str, Meta(max_length=4096)]
 Digest = Annotated[str, matching("sha256:[0-9a-f]{64}")]
+# A time without a zone could not be compared with another.
+Moment = Annotated[datetime, Meta(tz=True)]
 
 
 class Blob(Struct, frozen=True, forbid_unknown_fields=True):

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Annotated
-
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from isthmus.artifacts.bundle import ModelName
-from isthmus.artifacts.constraints import Count, Digest
+from isthmus.artifacts.constraints import Count, Digest, Moment
 from isthmus.artifacts.json_documents import DocumentKind, builtins, canonical
 from isthmus.errors import Untrusted
 
 VERSION_TYPE = "application/vnd.isthmus.version+json"
 """The payload type of a statement's envelope: an alias document's envelope never passes for one."""
 MAX_STATEMENT_BYTES = 4096
-
-Moment = Annotated[datetime, Meta(tz=True)]
 
 
 class VersionStatement(

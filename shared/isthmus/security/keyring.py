@@ -14,9 +14,8 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from isthmus.artifacts.constraints import Text, matching
+from isthmus.artifacts.constraints import Moment, Text, matching
 from isthmus.artifacts.json_documents import DocumentKind, builtins
-from isthmus.artifacts.version_statement import Moment
 from isthmus.errors import SettingsError
 from isthmus.files import file_stamp
 from isthmus.security.ed25519 import PublicKey, parse_public_keys

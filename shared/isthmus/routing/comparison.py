@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from isthmus.arrays import Array
 from isthmus.artifacts.fidelity import Measure, measure_for
-from isthmus.context import CURRENT, Context, Deadline
+from isthmus.context import Context
 from isthmus.errors import DeadlineExceeded, HopError, IsthmusError, Overloaded, RegistryError
 from isthmus.pipeline import execute
 from isthmus.pipeline.agreement import agrees
@@ -25,7 +25,7 @@ from isthmus.routing.canary_trial import CanaryTrial
 from isthmus.routing.canary_trials import CanaryTrials
 from isthmus.routing.candidates import ServedModel
 from isthmus.routing.guard import Fidelities
-from isthmus.routing.idle_work import IdleWork
+from isthmus.routing.idle_work import IdleWork, job_context
 from isthmus.settings import RouterSettings
 
 Inputs: TypeAlias = Mapping[str, Array] | bytes
@@ -69,8 +69,7 @@ class Comparison:
         A version that cannot run what the other one ran differs.
         """
         is_canary = model.digest == trial.tried.digest
-        request = CURRENT.get() or Context.from_headers({}, longest_s=self._settings.deadline_s)
-        context = replace(request, deadline=Deadline.after(self._settings.deadline_s))
+        context = job_context(self._settings.deadline_s)
         agreed: bool | None
         try:
             version = trial.stable if is_canary else trial.tried

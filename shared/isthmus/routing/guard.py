@@ -24,11 +24,10 @@ from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import GRADED, RAW, Choice, Look
 from isthmus.artifacts.fidelity import LIMIT, Fidelity, Measure, measure_for
 from isthmus.codecs import EncodedTensor, Encoding, is_exact
-from isthmus.context import CURRENT, Context, Deadline
 from isthmus.errors import IsthmusError
 from isthmus.pipeline import Result, Route, execute
 from isthmus.pipeline.agreement import agrees
-from isthmus.routing.idle_work import IdleWork
+from isthmus.routing.idle_work import IdleWork, job_context
 
 # Number of latest checks of a route that count, so that a drift shows.
 WINDOW = 500
@@ -69,8 +68,6 @@ class Sample:
     encoded: Mapping[str, EncodedTensor]
     outputs: Mapping[str, Array]
     level: int
-    request: Context | None = None
-    """The served request's: the check has its ids, so that its calls join the same trace."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +195,7 @@ class Guard:
             return
         if self._draw() >= self._share or self._idle.is_closed:
             return
-        sample = Sample(route, inputs, encoded, result.outputs, fallback.level, CURRENT.get())
+        sample = Sample(route, inputs, encoded, result.outputs, fallback.level)
         self._idle.offer(partial(self.check, sample))
 
     def check(self, sample: Sample) -> None:
@@ -209,9 +206,7 @@ class Guard:
         """
         state = self._state(sample.route)
         raw = sample.route.raw()
-        request = sample.request or Context.from_headers({}, longest_s=self._deadline_s)
-        context = replace(request, deadline=Deadline.after(self._deadline_s))
-        expected = execute(raw, sample.inputs, context, sample.encoded)
+        expected = execute(raw, sample.inputs, job_context(self._deadline_s), sample.encoded)
         agreed = agrees(state.measure, expected.outputs, sample.outputs)
         self._metrics.guard_checked(agreed)
         with self._lock:

@@ -8,9 +8,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
-from isthmus.context import CURRENT, Context, working_on
+from isthmus.context import CURRENT, Context, Deadline, working_on
 from isthmus.errors import IsthmusError
 
 # How long a job waits for an idle router before it is dropped.
@@ -19,6 +20,12 @@ MAX_IDLE_WAIT_S = 30.0
 _POLL_S = 0.02
 
 Job: TypeAlias = Callable[[], None]
+
+
+def job_context(deadline_s: float) -> Context:
+    """The context of a job's own calls: the ids of the request that offered the job, and a deadline from now on."""
+    request = CURRENT.get() or Context.from_headers({}, longest_s=deadline_s)
+    return replace(request, deadline=Deadline.after(deadline_s))
 
 
 class IdleWork:

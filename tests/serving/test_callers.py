@@ -409,6 +409,7 @@ def test_clients_and_commands_send_a_key_from_the_environment_or_a_file_and_neve
     ready(app.test_client())
     (tmp_path / "cat.png").write_bytes(photo())
     (tmp_path / "key").write_text(KEYS["ann"] + "\n")
+    (tmp_path / "prom").write_text(KEYS["prom"])
     (tmp_path / "broken").write_text(KEYS["ann"][:20] + "\n" + KEYS["ann"][20:])
     with served(app) as url:
         assert Client(url, api_key=KEYS["ann"]).photo(photo())["model_name"] == "photos"
@@ -418,6 +419,9 @@ def test_clients_and_commands_send_a_key_from_the_environment_or_a_file_and_neve
         broken = refusal(isthmus(*command, "--api-key", tmp_path / "broken"))
         assert broken["type"] == "SettingsError"
         assert KEYS["ann"][:20] not in str(broken)
+        look = ("canary", "photos", "--url", url, "--registry", photos.folder, "--json")
+        assert document(isthmus(*look, "--api-key", tmp_path / "prom")) == {"aliases": [], "trials": []}
+        assert refusal(isthmus(*look))["type"] == "CallerUnauthenticated"
         monkeypatch.setenv("ISTHMUS_API_KEY", KEYS["prom"])
         assert document(isthmus("top", "--url", url, "--json"))["working"] == 0
         assert refusal(isthmus(*command))["type"] == "CallerForbidden"

@@ -13,7 +13,15 @@ from isthmus.errors import RequestMalformed
 from isthmus.units import format_duration
 from isthmus_tools.cli.completion import complete_models
 from isthmus_tools.cli.console import FOLLOWING, errors, print_json, run, say, say_command, table
-from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
+from isthmus_tools.cli.options import (
+    DEFAULT_REGISTRY,
+    ApiKey,
+    AsJson,
+    RegistryOption,
+    in_registry,
+    read_api_key,
+    registry_settings,
+)
 
 if TYPE_CHECKING:
     from isthmus.arrays import Array
@@ -27,6 +35,7 @@ def canary(
     model: Annotated[str, typer.Argument(help="NAME of a model in the registry.", autocompletion=complete_models)],
     *,
     url: Annotated[str, typer.Option(envvar="ISTHMUS_URL", help="A router, whose trials are shown too.")] = "",
+    api_key: ApiKey = None,
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
@@ -40,7 +49,13 @@ def canary(
     with errors(as_json):
         settings = registry_settings(registry)
         report = report_canaries(
-            CanaryQuestion(name=model, registry=settings, router=url, trust=open_trust(settings) if url else None)
+            CanaryQuestion(
+                name=model,
+                registry=settings,
+                router=url,
+                trust=open_trust(settings) if url else None,
+                api_key=read_api_key(api_key),
+            )
         )
         if as_json:
             documents = [msgspec.to_builtins(document) for document in report.aliases]

@@ -57,12 +57,13 @@ class CanaryEnd:
 
 @dataclass(frozen=True, kw_only=True)
 class CanaryQuestion:
-    """The canaries of the model `name`; with `router`, a URL, also what its requests show."""
+    """The canaries of the model `name`; with `router`, a URL, also what its requests show. `api_key` as of `Client`."""
 
     name: str
     registry: RegistrySettings
     router: str = ""
     trust: TlsTrust | None = None
+    api_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def report_canaries(question: CanaryQuestion) -> CanaryReport:
     documents = [store.alias(question.name, alias) for alias in store.aliases(question.name)]
     trials: Sequence[TrialState] = ()
     if question.router:
-        trials = RouterView(question.router, timeout_s=_LOOK_S, trust=question.trust).state().canaries
+        view = RouterView(question.router, timeout_s=_LOOK_S, trust=question.trust, api_key=question.api_key)
+        trials = view.state().canaries
     return CanaryReport(
         [document for document in documents if document.canary is not None],
         [trial for trial in trials if trial.model == question.name],

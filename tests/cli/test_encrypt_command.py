@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from isthmus.registry import FolderStore, Registry
 from support.bundles import Published, publish_photos
 from support.cli import document, isthmus, refusal
 
 
-@pytest.fixture
-def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Published:
-    """The model for photos; public keys `edge` and `own` in the current folder, private ones in folders of secrets."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Published:
+    """The model for photos; public keys `edge` and `own` in the same folder, private ones in folders of secrets."""
+    folder = tmp_path_factory.mktemp("template")
     for name, kind in (("edge", "recipient-rsa"), ("own", "recipient")):
-        document(isthmus("key", "new", f"{name}.pem", "--kind", kind, "--json"))
-        Path(f"{name}-secrets").mkdir()
-        Path(f"{name}.pem").rename(f"{name}-secrets/recipient-key")
-    published = publish_photos(tmp_path)
-    monkeypatch.setenv("ISTHMUS_REGISTRY", str(published.folder))
+        document(isthmus("key", "new", folder / f"{name}.pem", "--kind", kind, "--json"))
+        (folder / f"{name}-secrets").mkdir()
+        (folder / f"{name}.pem").rename(folder / f"{name}-secrets" / "recipient-key")
+    return publish_photos(folder)
+
+
+@pytest.fixture
+def photos(template: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Published:
+    """A copy of the template in the current folder."""
+    shutil.copytree(template.folder.parent, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / template.folder.name
+    monkeypatch.setenv("ISTHMUS_REGISTRY", str(folder))
     monkeypatch.setenv("secrets_dir", str(tmp_path / "own-secrets"))
-    return published
+    return replace(template, folder=folder, registry=Registry(FolderStore(folder)))
 
 
 def test_encrypt_says_who_may_read_what_and_how_much_of_the_weights(photos: Published) -> None:

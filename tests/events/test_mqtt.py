@@ -191,7 +191,7 @@ def test_a_long_queue_of_a_session_is_served_at_once_by_the_next_consumer(
 ) -> None:
     topic, count = unique_place(), 3 * mqtt_connection.RECEIVE_MAXIMUM
     # As of a process that dies: what it has is unacknowledged when the next one takes the session over.
-    consumer_of(opened, server, topic, client_id=topic)
+    first = consumer_of(opened, server, topic, client_id=topic)
     publisher = publisher_of(opened, server, topic)
     for n in range(count):
         publisher.publish(Message(b"x", f"m{n}"))
@@ -210,6 +210,10 @@ def test_a_long_queue_of_a_session_is_served_at_once_by_the_next_consumer(
     thread = threading.Thread(target=take_all, daemon=True)
     thread.start()
     assert until(lambda: len(received) == count), f"{len(received)} of {count} messages came"
+    # One that holds all that it may, and reads nothing for that, ends at once too.
+    closing_first = threading.Thread(target=first.close, daemon=True)
+    closing_first.start()
+    assert until(lambda: not closing_first.is_alive())
 
 
 @pytest.mark.parametrize("version", ["5", "3.1.1"])

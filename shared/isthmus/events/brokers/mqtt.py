@@ -114,6 +114,7 @@ class MqttConsumer:
         self._waiting: deque[_HeldMessage] = deque()
         self._paused: list[tuple[float, int, _HeldMessage]] = []
         self._bytes = 0
+        self._is_closing = False
         self._connection = MqttConnection(place, password, self, self._client_id)
         client = self._connection.client
         client.on_message, client.on_subscribe = self._on_message, self._on_subscribe
@@ -150,6 +151,9 @@ class MqttConsumer:
 
     def close(self) -> None:
         """Disconnect; unacknowledged messages stay with the broker."""
+        with self._connection.changed:
+            self._is_closing = True  # ends a stall of the thread that `stop` waits for
+            self._connection.changed.notify_all()
         self._connection.stop()
 
     def acknowledge(self, held: _HeldMessage) -> None:
@@ -226,7 +230,7 @@ class MqttConsumer:
     def _stall(self, size: int) -> None:
         """Read nothing while too much is in memory, so that the broker waits, if not for long."""
         end = time.monotonic() + _MAX_STALL_S
-        while self._is_full(size) and (left_s := end - time.monotonic()) > 0:
+        while not self._is_closing and self._is_full(size) and (left_s := end - time.monotonic()) > 0:
             self._connection.changed.wait(left_s)
 
     def _is_full(self, size: int) -> bool:

@@ -199,6 +199,32 @@ class Bundles:
         return self._trust is None or self._trust.trusts(digest)
 
 
+def send_until_right(
+    store: BlobStore,
+    retry_policy: RetryPolicy,
+    budget: RetryBudget,
+    key: str,
+    send: Callable[[], None],
+    compare: Callable[[], None],
+) -> None:
+    """Upload to `key`, read back, and upload again what `compare` finds wrong, with as many attempts as a request has.
+
+    Raises:
+        Corrupt: every upload read back differently; the last one is removed.
+    """
+    for attempts_left in reversed(range(max(1, retry_policy.attempts))):
+        # A range of an object cannot be replaced in place: only here does a fault repeat the whole upload.
+        send()
+        try:
+            compare()
+        except Corrupt:
+            retry_policy(lambda: store.delete(key), budget)
+            if not attempts_left:
+                raise
+        else:
+            return
+
+
 @dataclass(frozen=True)
 class Upload:
     """Verified upload of blobs; all requests of one publish share a retry budget.
@@ -254,17 +280,7 @@ class Upload:
         )
 
     def _until_right(self, digest: str, send: Callable[[], None], compare: Callable[[], None]) -> None:
-        for attempts_left in reversed(range(max(1, self.retry_policy.attempts))):
-            # A range of an object cannot be replaced in place: only here does a fault repeat the whole upload.
-            send()
-            try:
-                compare()
-            except Corrupt:
-                self.retry_policy(lambda: self.store.delete(blob_key(digest)), self.budget)
-                if not attempts_left:
-                    raise
-            else:
-                return
+        send_until_right(self.store, self.retry_policy, self.budget, blob_key(digest), send, compare)
 
     def _compare(self, digest: str, path: Path) -> None:
         size = path.stat().st_size

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from isthmus.artifacts.bundle import Bundle
 from isthmus.errors import RegistryError, RequestMalformed
-from isthmus.registry import BlobStore, Registry
+from isthmus.registry import Registry
 from isthmus.registry.collection import reached_by
-from isthmus.registry.content import blob_key, corrupt
+from isthmus.registry.content import blob_key, corrupt, file_digest, send_until_right
 from isthmus.registry.leases import publish_lease
 from isthmus.registry.sealed_content import grants_in, put_grant, sealed_key
 from isthmus_tools.progress import Progress, silent
@@ -105,23 +105,33 @@ def _copy(source: Registry, target: Registry, key: str) -> int:
     with tempfile.TemporaryDirectory(prefix="isthmus-copy-") as folder:
         path = Path(folder) / "sealed"
         with path.open("wb") as f:
-            f.writelines(_ranges(source, source.store, key, size))
-        target.store.put_file(key, path, target.retry_policy.budget())
+            f.writelines(_ranges(source, key, size))
         # Without a key the tags cannot be checked here: both stores must give the same bytes.
-        arrived = hashlib.sha256()
-        for part in _ranges(target, target.store, key, size):
-            arrived.update(part)
-        with path.open("rb") as f:
-            if hashlib.file_digest(f, "sha256").digest() != arrived.digest():
-                target.retry_policy(lambda: target.store.delete(key))
+        digest = file_digest(path)
+
+        def compare() -> None:
+            arrived = hashlib.sha256()
+            for part in _ranges(target, key, size):
+                arrived.update(part)
+            if f"sha256:{arrived.hexdigest()}" != digest:
                 raise corrupt(target.url, key)
+
+        budget = target.retry_policy.budget()
+        send_until_right(
+            target.store,
+            target.retry_policy,
+            budget,
+            key,
+            lambda: target.store.put_file(key, path, budget),
+            compare,
+        )
     return size
 
 
-def _ranges(registry: Registry, store: BlobStore, key: str, size: int) -> Iterator[bytes]:
+def _ranges(registry: Registry, key: str, size: int) -> Iterator[bytes]:
     for start in range(0, size, _READ_BYTES):
         stop = min(start + _READ_BYTES, size)
-        yield registry.retry_policy(lambda start=start, stop=stop: store.read(key, start, stop))  # type: ignore[misc]
+        yield registry.retry_policy(lambda start=start, stop=stop: registry.store.read(key, start, stop))  # type: ignore[misc]
 
 
 def _refuse_plain(target: Registry, bundle: Bundle) -> None:

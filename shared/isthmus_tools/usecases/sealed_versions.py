@@ -13,10 +13,10 @@ from pathlib import Path
 from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.grant import Grant
 from isthmus.artifacts.plan import MAX_PLAN_BYTES, Plan, read_plan
-from isthmus.errors import Corrupt, LocalError, Missing, PlanMalformed, PlanMismatch, RequestMalformed
+from isthmus.errors import LocalError, Missing, PlanMalformed, PlanMismatch, RequestMalformed
 from isthmus.registry import BlobStore, Registry, RetryPolicy
 from isthmus.registry.collection import digests_in
-from isthmus.registry.content import corrupt
+from isthmus.registry.content import corrupt, send_until_right
 from isthmus.registry.sealed_content import DOCUMENTS, put_grant, sealed_key
 from isthmus.security.grants import SealedKeys, make_grant, new_sealing
 from isthmus.security.recipients import MAX_PEM_BYTES, Recipient, read_recipient
@@ -205,15 +205,14 @@ def _seal_blob(source: Registry, target: BlobStore, retry_policy: RetryPolicy, s
             path = Path(folder) / "sealed"
             with path.open("wb") as f:
                 f.writelines(seal(sealed.header, sealed.keys, _plain(source, sealed)))
-            for attempts_left in reversed(range(max(1, retry_policy.attempts))):
-                target.put_file(key, path, budget)
-                try:
-                    _check_stored(target, retry_policy, sealed)
-                    return
-                except Corrupt:
-                    retry_policy(lambda: target.delete(key), budget)
-                    if not attempts_left:
-                        raise
+            send_until_right(
+                target,
+                retry_policy,
+                budget,
+                key,
+                lambda: target.put_file(key, path, budget),
+                lambda: _check_stored(target, retry_policy, sealed),
+            )
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise LocalError(

@@ -2,7 +2,7 @@
 
 A move stores the present document under its counter in the history, then replaces the document if nobody did so
 meanwhile. So the history is linear and without gaps whatever is killed: the document of every counter but the present
-one's is in it.
+one's is in it. A document that is taken over from another registry keeps its counter, and so may leave a gap.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class IssuerKeys:
     """The keys by algorithm and id; thread-safe.
 
     A set older than `refresh_s` is read again; while that fails, the old set is used up to `max_age_s`. A single
-    request reads, and the rest take the set that is there.
+    request reads; the rest take the set that is there, and wait for the read where that lacks their key.
     """
 
     def __init__(

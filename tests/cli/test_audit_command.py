@@ -28,6 +28,15 @@ def test_audit_lists_the_latest_entries_and_verifies_the_chain(tmp_path: Path) -
     assert "model=m, version=3" in text
 
 
+def test_a_long_fact_is_marked_as_cut(tmp_path: Path) -> None:
+    facts = {"digest": "sha256:" + "ab" * 32, "reason": "x" * 200}
+    (tmp_path / "r").mkdir()
+    AuditLog(FolderStore(tmp_path / "r"), RetryPolicy()).append("ann@laptop", "promote", facts)
+    text = isthmus("audit", "--registry", tmp_path / "r").stdout
+    assert f"digest=sha256:{'ab' * 6}…" in text
+    assert "xx…" in text
+
+
 def test_audit_names_the_first_broken_entry_and_fails(tmp_path: Path) -> None:
     store = filled(tmp_path / "r")
     store.delete("audit/000000000002")

@@ -138,6 +138,7 @@ def test_publish_verify_diff_and_pull_say_what_they_did(photos: Published, tmp_p
     path.write_bytes(b"\0" * path.stat().st_size)
     result = isthmus("verify", "photos:2", "--registry", photos.folder)
     assert (result.exit_code, "damaged: sha256:" in result.stdout) == (1, True)
+    assert "to repair: delete these blobs" in result.stdout
 
 
 def test_publish_names_what_the_first_version_of_a_model_serves(photos: Published, tmp_path: Path) -> None:

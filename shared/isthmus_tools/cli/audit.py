@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from isthmus.security.audit import ChainCheck
 
 _MAX_FACT = 60
+_DIGEST_START = len("sha256:") + 12
 
 
 def audit(
@@ -73,4 +74,10 @@ def _show_check(check: ChainCheck, *, quiet: bool) -> None:
 
 
 def _text(facts: dict[str, object]) -> str:
-    return ", ".join(f"{name}={str(value)[:_MAX_FACT]}" for name, value in facts.items())
+    return ", ".join(f"{name}={_shortened(str(value))}" for name, value in facts.items())
+
+
+def _shortened(text: str) -> str:
+    # As in the tables of versions; --json has digests whole.
+    bound = _DIGEST_START if text.startswith("sha256:") else _MAX_FACT
+    return text if len(text) <= bound else f"{text[:bound]}…"

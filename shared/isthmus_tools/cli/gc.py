@@ -68,7 +68,8 @@ def gc(
             )
             return
         count, size = len(garbage.removable), format_size(garbage.bytes)
-        say(f"{count} files ({size}) that no version reaches" + (f", {garbage.removed} removed" if delete else ""))
+        files = "1 file" if count == 1 else f"{count} files"
+        say(f"{files} ({size}) that no version reaches" + (f", {garbage.removed} removed" if delete else ""))
         if garbage.younger:
             say(f"{len(garbage.younger)} more are younger than {older_than} and stay: a publish or plan may need them")
         if left:

@@ -52,6 +52,8 @@ def verify(
         else:
             for fault in result.faults:
                 say(f"damaged: {fault.digest}: {fault.reason}", "bold red")
+            if result.faults:
+                say("to repair: delete these blobs, and publish the version again from where it is whole")
             if result.run_fault:
                 say(f"does not run: {result.run_fault}", "bold red")
             for each in result.signers:

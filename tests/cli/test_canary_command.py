@@ -104,6 +104,7 @@ def test_promote_begins_grows_finishes_and_aborts_a_canary(photos: Published) ->
     assert promote("photos", "--abort")["canary"] is None
     text = isthmus("promote", "photos:2", "--canary", "10%", "--registry", photos.folder).stdout
     assert "prod means photos:1 for 90% of its callers, and photos:2 for the others" in text
+    assert "for 99.6% of its callers" in isthmus("promote", "photos:2", "--canary", "0.4%", *place).stdout
     finished = promote("photos", "--as", "prod", "--finish")
     assert (finished["version"], finished["alias_was"], finished["canary"]) == (2, "1", None)
 

@@ -65,7 +65,7 @@ def canary(
             tried = document.canary
             if tried is not None:
                 say(
-                    f"{document.alias} means {model}:{document.version}; {tried.share:.0%} of its callers get"
+                    f"{document.alias} means {model}:{document.version}; {share_text(tried.share)} of its callers get"
                     f" {model}:{tried.version}"
                 )
                 say(f"rolled back by the rule {tried.rule.option()}")
@@ -77,6 +77,11 @@ def canary(
         for alias in (document.alias for document in report.aliases):
             finish = f"isthmus promote {model} --as {alias} --finish"
             say_command("for all callers", in_registry(finish, registry))
+
+
+def share_text(share: float) -> str:
+    """A share of callers in percent; shares below one percent are usual in large deployments."""
+    return f"{100 * share:.4g}%"
 
 
 class CanaryChoice(NamedTuple):
@@ -143,7 +148,7 @@ def _show(move: Move, registry: str, as_json: bool) -> None:
         return
     say(
         f"{after.alias} means {name}:{after.number} for "
-        + (f"{1 - after.canary.share:.0%}" if after.canary else "all")
+        + (share_text(1 - after.canary.share) if after.canary else "all")
         + " of its callers"
         + (f", and {name}:{after.canary.version} for the others" if after.canary else "")
     )
@@ -156,7 +161,7 @@ def _rows(trials: Sequence[TrialState]) -> list[list[str]]:
     rows = []
     for trial in trials:
         compared = trial.agreed + trial.differed
-        state = f"rolled back: {trial.reason}" if trial.reason else f"{trial.share:.0%} of the callers"
+        state = f"rolled back: {trial.reason}" if trial.reason else f"{share_text(trial.share)} of the callers"
         for release, counts in (("stable", trial.stable), ("canary", trial.canary)):
             median = "" if counts.median_s is None else format_duration(counts.median_s)
             own = [trial.alias, release, counts.version, str(counts.requests), str(counts.errors), median]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from isthmus_tools.cli.canary import share_text
 from isthmus_tools.cli.completion import complete_models
 from isthmus_tools.cli.console import errors, print_json, say, say_command, table
 from isthmus_tools.cli.models import cuts_text
@@ -96,7 +97,7 @@ def _names(row: VersionSummary, aliases: Mapping[str, Sequence[Alias]]) -> str:
     """The aliases that mean a version, and those of which it is the canary at present."""
     canaries = {alias: moves[0].canary for alias, moves in aliases.items()}
     tried = [
-        f"{alias} (canary, {100 * canary.share:g}%)"
+        f"{alias} (canary, {share_text(canary.share)})"
         for alias, canary in canaries.items()
         if canary is not None and str(canary.version) == row.version
     ]

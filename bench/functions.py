@@ -72,7 +72,9 @@ class StagedFunction:
     def environment_at(self, url: str, **more: str) -> dict[str, str]:
         """The environment of a process that serves `url`; `more` overrides stack.yml's variables."""
         passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-        return {**passed_on, **self.environment, **more, "upstream_url": url}
+        # On loopback alone, and without the watchdog of the image's environment, behind which nobody would be let in.
+        opened = {"access": "anyone"}
+        return {**passed_on, **self.environment, **opened, **more, "upstream_url": url}
 
     def start(self, **more: str) -> contextlib.AbstractContextManager[Process]:
         """Run the function on a port of its own; `more` as in `environment_at`."""

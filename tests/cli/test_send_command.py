@@ -113,7 +113,8 @@ def test_a_device_is_not_read_to_its_end_and_a_name_of_any_bytes_is_sent(
     assert [d.message.body for d in consumer.fetch(5, 5)] == [b"1"]
 
 
-def test_a_broker_that_is_away_is_an_error(tmp_path: Path) -> None:
+def test_a_broker_that_is_away_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.events.brokers.nats_connection.CONNECT_TIMEOUT_S", 1.0)
     (tmp_path / "trigger.toml").write_text('[source]\nkind = "nats"\nurl = "nats://127.0.0.1:1"\nsubject = "a"\n')
     (tmp_path / "a").write_bytes(b"1")
     result = isthmus("send", tmp_path / "trigger.toml", tmp_path / "a")

@@ -146,7 +146,8 @@ def test_a_check_connects_to_every_part(stage: Stage, router: ScriptedRouter, tm
     ]
 
 
-def test_a_check_names_what_does_not_answer(tmp_path: Path) -> None:
+def test_a_check_names_what_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus.events.brokers.nats_connection.CONNECT_TIMEOUT_S", 1.0)
     file = configuration_file(
         tmp_path,
         {"kind": "nats", "url": f"nats://127.0.0.1:{free_port()}", "subject": "photos"},

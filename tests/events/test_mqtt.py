@@ -273,8 +273,12 @@ def test_headers_beyond_the_packet_are_refused(server: MqttServer, opened: ExitS
         publisher.publish(Message(bytes(publisher.max_bytes), "o", headers={"x-long": "v" * 2000}))
 
 
-def test_a_publication_without_confirmation_is_not_sent_twice(tmp_path: Path, opened: ExitStack) -> None:
+def test_a_publication_without_confirmation_is_not_sent_twice(
+    tmp_path: Path, opened: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second call with the id waits for the message that the client sends again by itself."""
+    monkeypatch.setattr(mqtt_connection, "_CONNECT_S", 1.0)
+    monkeypatch.setattr(mqtt_connection, "_MAX_RECONNECT_S", 1)
     server = Mqtt3Server(tmp_path / "mqtt")
     opened.callback(server.kill)
     topic = unique_place()
@@ -341,9 +345,11 @@ def test_mqtts_needs_a_certificate_that_is_trusted(
     opened.callback(server.kill)
     topic = unique_place()
     place = msgspec.structs.replace(server.place(topic), url=f"mqtts://127.0.0.1:{server.port}")
-    untrusting = opened.enter_context(closing(MqttPublisher(place, PASSWORD)))
-    with pytest.raises(BrokerUnavailable):
-        untrusting.publish(Message(b"x", "m"))
+    with monkeypatch.context() as patch:
+        patch.setattr(mqtt_connection, "_CONNECT_S", 1.0)
+        untrusting = opened.enter_context(closing(MqttPublisher(place, PASSWORD)))
+        with pytest.raises(BrokerUnavailable):
+            untrusting.publish(Message(b"x", "m"))
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     opened.enter_context(closing(MqttPublisher(place, PASSWORD))).publish(Message(b"x", "m"))
 

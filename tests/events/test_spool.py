@@ -148,7 +148,7 @@ def test_what_never_fits_is_told_from_what_does_not_fit_now(spool: EventSpool, s
 
 
 def test_an_emptied_spool_gives_its_disk_back(folder: Path) -> None:
-    spool = EventSpool(folder, 16 * MIN_BYTES)
+    spool = EventSpool(folder, 8 * MIN_BYTES)
     count = fill(spool)
     for i in range(count):
         spool.remove(f"f{i}")

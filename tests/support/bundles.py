@@ -7,8 +7,9 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -167,19 +168,36 @@ def publish(
     return Published(target, where, bundle, version.version, version.digest, model, inputs)
 
 
+@cache
+def _built_photos(seed: int) -> tuple[Bundle, Mapping[str, str], Mapping[str, bytes]]:
+    """The model for photos, cut once in a process: bundle, paths by digest, and the files with their paths."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        bundle, files = build(
+            photos_model(folder / "photos.onnx", seed),
+            "photos",
+            folder / "built-photos",
+            partitions=[["6"], ["1"], ["3"], list(SKIP_CUTS), ["1", "6"]],
+            preprocess=PREPROCESS,
+            postprocess=POSTPROCESS,
+            labels=LABELS,
+        )
+        paths = {digest: str(path.relative_to(folder)) for digest, path in files.items()}
+        contents = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return bundle, paths, contents
+
+
 def publish_photos(folder: Path, seed: int = 0, registry: Path | None = None) -> Published:
     """The model for photos, parted at its pooled features by default, and at four other places."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return publish(
-        folder,
-        photos_model(folder / "photos.onnx", seed),
-        {"x": np.random.default_rng(1).standard_normal((1, 3, 8, 8)).astype(np.float32)},
-        partitions=[["6"], ["1"], ["3"], list(SKIP_CUTS), ["1", "6"]],
-        registry=registry,
-        preprocess=PREPROCESS,
-        postprocess=POSTPROCESS,
-        labels=LABELS,
-    )
+    bundle, paths, contents = _built_photos(seed)
+    for path, data in contents.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(data)
+    where = registry or folder / "registry"
+    target = Registry(FolderStore(where))
+    version = target.publish(bundle, {digest: folder / path for digest, path in paths.items()})
+    inputs = {"x": np.random.default_rng(1).standard_normal((1, 3, 8, 8)).astype(np.float32)}
+    return Published(target, where, bundle, version.version, version.digest, folder / "photos.onnx", inputs)
 
 
 @pytest.fixture(scope="module")

@@ -144,6 +144,8 @@ def test_a_signed_alias_moves_with_a_key_alone(released: Release) -> None:
     assert refusal(isthmus("rollback", "photos", *place, "--json"))["type"] == "Untrusted"
     back = ask("rollback", "photos", *place, "--sign-with", released.key)
     assert (back["version"], back["alias_was"]) == ("1", "2")
+    # Without the key the undo would be refused.
+    assert back["next"].endswith(f"--sign-with {released.key}")
     # Renewed by `sign`: no step for a rollback to go back to.
     ask("sign", "photos", "--key", released.key, *place)
     assert ask("promote", "photos", "2", *place, "--sign-with", released.key)["alias_was"] == "1"

@@ -180,6 +180,11 @@ def in_registry(command: str, registry: str) -> str:
     return f"{command} --registry {shlex.quote(registry)}"
 
 
+def signed(command: str, key: Path | None) -> str:
+    """A command to run next, with the key of this command: a signed alias moves with a key alone."""
+    return command if key is None else f"{command} --sign-with {shlex.quote(str(key))}"
+
+
 def read_api_key(file: Path | None) -> str | None:
     """The key in a file, without the line break of editors; None without a file. Not an option: `ps` shows those.
 

@@ -18,9 +18,12 @@ from isthmus_tools.cli.options import (
     Tensors,
     in_registry,
     registry_settings,
+    signed,
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from isthmus.registry.aliases import Move
 
 
@@ -96,7 +99,7 @@ def promote(
             signer=signer,
         )
         result = run(use_case.promote, request, quiet=as_json)
-        undo = undo_command(result.move, registry)
+        undo = undo_command(result.move, registry, sign_with)
         if as_json:
             ran = {each.segment: round(each.seconds, 3) for each in result.runs}
             print_json({"name": result.move.after.name, **move_document(result.move), "ran_s": ran, "next": undo})
@@ -119,13 +122,14 @@ def move_document(move: Move) -> dict[str, Any]:
     }
 
 
-def undo_command(move: Move, registry: str) -> str:
+def undo_command(move: Move, registry: str, key: Path | None = None) -> str:
     """The command that usually follows a move: its undo."""
     name, alias = move.after.name, move.after.alias
     # rollback moves prod unless told otherwise, and has nowhere to go where the alias meant nothing before.
     if not (move.moved and move.before.number):
         return in_registry(f"isthmus versions {name}", registry)
-    return in_registry(f"isthmus rollback {name}{'' if alias == 'prod' else f' --alias {alias}'}", registry)
+    undo = f"isthmus rollback {name}{'' if alias == 'prod' else f' --alias {alias}'}"
+    return signed(in_registry(undo, registry), key)
 
 
 def show_move(move: Move, undo: str) -> None:

@@ -74,7 +74,7 @@ def publish(
         if result.serves:
             following = in_registry(f"isthmus versions {version.name}", place)
         if result.move is not None:
-            following = undo_command(result.move, place)
+            following = undo_command(result.move, place, sign_with)
         if as_json:
             print_json(
                 {

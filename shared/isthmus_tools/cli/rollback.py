@@ -16,6 +16,7 @@ from isthmus_tools.cli.options import (
     SignWith,
     in_registry,
     registry_settings,
+    signed,
 )
 from isthmus_tools.cli.promote import move_document
 
@@ -42,7 +43,7 @@ def rollback(
         move = roll_back(open_registry(registry_settings(registry)), model, alias, signer=signer)
         # Not by rollback: another one goes further back.
         after, was = move.after, move.before.number
-        undo = in_registry(f"isthmus promote {after.name}:{was} --as {after.alias}", registry)
+        undo = signed(in_registry(f"isthmus promote {after.name}:{was} --as {after.alias}", registry), sign_with)
         if as_json:
             print_json({"name": after.name, **move_document(move), "next": undo})
             return

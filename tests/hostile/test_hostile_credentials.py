@@ -14,8 +14,7 @@ import msgspec
 import pytest
 from flask.testing import FlaskClient
 from joserfc import jwt
-from joserfc.jwk import ECKey, OKPKey, RSAKey
-from joserfc.jws import JWSRegistry
+from joserfc.jwk import ECKey
 
 from isthmus.security.caller_keys import CallerEntry, key_digest, new_key
 from isthmus.security.callers import Role
@@ -23,22 +22,13 @@ from isthmus.serving import create_router_app
 from support.attacks import MIN_CASES, Attack, Target
 from support.bundles import Published, photo, ready, router_settings
 from support.bundles import photos as photos
+from support.token_keys import EC, ED, RSA, AnyAlgorithm
 
 KEY, PROM = new_key(), new_key()
 ISSUER, AUDIENCE = "https://id.example.com", "isthmus"
-RSA = RSAKey.generate_key(2048, {"kid": "rsa"}, private=True)
-EC = ECKey.generate_key("P-256", {"kid": "ec"}, private=True)
-ED = OKPKey.generate_key("Ed25519", {"kid": "ed"}, private=True)
 STRANGER = ECKey.generate_key("P-256", {"kid": "ec"}, private=True)
 SIGNERS = {"RS256": RSA, "ES256": EC, "EdDSA": ED}
 PHOTO = photo()
-
-
-class _Any(JWSRegistry):
-    """Signs by any algorithm, without warnings."""
-
-    def get_alg(self, name: str) -> Any:
-        return self.algorithms[name]
 
 
 def claims(**changes: Any) -> dict[str, Any]:
@@ -48,7 +38,9 @@ def claims(**changes: Any) -> dict[str, Any]:
 
 
 def token(key: Any = EC, algorithm: str = "ES256", head: Mapping[str, Any] | None = None, **changes: Any) -> str:
-    return jwt.encode({"alg": algorithm, "kid": key.kid, **(head or {})}, claims(**changes), key, registry=_Any())
+    return jwt.encode(
+        {"alg": algorithm, "kid": key.kid, **(head or {})}, claims(**changes), key, registry=AnyAlgorithm()
+    )
 
 
 def text_of(data: bytes) -> str:

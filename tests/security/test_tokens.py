@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 from joserfc import jwt
-from joserfc.jwk import ECKey, OctKey, OKPKey, RSAKey
-from joserfc.jws import JWSRegistry
+from joserfc.jwk import ECKey, OctKey, RSAKey
 
 from isthmus.errors import CallerUnauthenticated, IssuerUnavailable, SettingsError
 from isthmus.security.callers import Caller, Role
@@ -24,11 +23,9 @@ from isthmus.security.key_sets import MAX_SET_BYTES, IssuerKeys, key_set_source,
 from isthmus.security.tokens import TokenVerifier, open_tokens
 from isthmus.settings import AccessSettings
 from support.ports import free_port
+from support.token_keys import EC, ED, RSA, AnyAlgorithm
 
 ISSUER, AUDIENCE = "https://id.example.com", "isthmus"
-RSA = RSAKey.generate_key(2048, {"kid": "rsa"}, private=True)
-EC = ECKey.generate_key("P-256", {"kid": "ec"}, private=True)
-ED = OKPKey.generate_key("Ed25519", {"kid": "ed"}, private=True)
 SIGNERS = {"RS256": RSA, "ES256": EC, "EdDSA": ED, "Ed25519": ED}
 NOW = int(time.time())
 
@@ -42,17 +39,10 @@ def claims(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in (good | changes).items() if value is not None}
 
 
-class _Any(JWSRegistry):
-    """Without the warning of EdDSA's new name."""
-
-    def get_alg(self, name: str) -> Any:
-        return self.algorithms[name]
-
-
 def token(algorithm: str = "ES256", key: Any = None, header: Mapping[str, Any] | None = None, **changes: Any) -> str:
     signer = key or SIGNERS[algorithm]
     head = {"alg": algorithm, "kid": signer.kid, **(header or {})}
-    return jwt.encode(head, claims(**changes), signer, registry=_Any())
+    return jwt.encode(head, claims(**changes), signer, registry=AnyAlgorithm())
 
 
 def settings(**given: Any) -> AccessSettings:

@@ -17,6 +17,7 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
 from isthmus.errors import BrokerRefused, SettingsError
+from isthmus.events.brokers import nats_connection
 from isthmus.events.brokers.nats import NatsPublisher
 from isthmus.events.configuration import MqttPlace
 from isthmus.events.intake import place_of_calls
@@ -348,8 +349,9 @@ def test_an_order_by_header_holds_for_calls_too(nats_server: NatsServer, tmp_pat
 
 
 def test_ready_says_what_is_away_and_a_router_that_is_away_leaves_it_ready(
-    own_nats_server: NatsServer, tmp_path: Path
+    own_nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(nats_connection, "CONNECT_TIMEOUT_S", 1.0)
     url = f"http://127.0.0.1:{free_port()}"
     text = configuration_text(own_nats_server.url, unique_subject(), url, tmp_path)
     with running_trigger(text, tmp_path) as client:
@@ -403,7 +405,10 @@ def test_a_configuration_beside_the_handler_is_filled_from_the_environment(
             assert client.get(f"/calls/{client.post('/', data=b'x').json['id']}?wait=60s").json["state"] == "done"
 
 
-def test_a_broker_that_is_away_at_the_start_is_waited_for(own_nats_server: NatsServer, tmp_path: Path) -> None:
+def test_a_broker_that_is_away_at_the_start_is_waited_for(
+    own_nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nats_connection, "CONNECT_TIMEOUT_S", 1.0)
     own_nats_server.kill()
     with held_router() as (_, url):
         text = configuration_text(own_nats_server.url, unique_subject(), url, tmp_path)

@@ -172,7 +172,7 @@ def test_the_layout_is_as_documented() -> None:
     assert [part[:8].hex() for part in parts[1:]] == ["7992281b695da847", "6e2586d634308b3a", "547e628f57f8d3cf"]
 
 
-@pytest.mark.parametrize("data", [b"", b"ISTHBLB\x01", b"x" * 200, BLOB.sealed[:100]])
+@pytest.mark.parametrize("data", [b"", b"ISTHBLB\x01", b"x" * 200, BLOB.sealed[:100]], ids=len)
 def test_what_is_no_header_is_refused(data: bytes) -> None:
     with pytest.raises(Corrupt, match="header"):
         read_header(data)

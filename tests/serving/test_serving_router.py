@@ -261,7 +261,7 @@ def test_errors_never_hold_a_stack_trace(
         ({"hops": ("http://user:secret@tail/",)}, "hops"),
         ({"preload": ("@",)}, "preload"),
         ({"registry": "", "segment_dir": "/baked"}, "registry"),
-        ({"registry": "gs://bucket"}, "registry"),
+        ({"registry": "ftp://bucket"}, "registry"),
         ({"providers": ("NoSuchProvider",)}, "providers"),
     ],
 )

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.json_documents import canonical
+from isthmus.errors import RegistryMissing
 from isthmus.registry.registry import Registry
 from isthmus.security.audit import local_user
 
@@ -22,7 +23,10 @@ def all_segments(bundle: Bundle) -> list[Segment]:
 
 def never_run(store: Registry, bundle: Bundle) -> list[Segment]:
     """The segments without a record of a run."""
-    recorded = set(store.store.list(_folder(bundle)))
+    try:
+        recorded = set(store.store.list(_folder(bundle)))
+    except RegistryMissing:  # the first publish makes a registry's folder
+        recorded = set()
     return [segment for segment in all_segments(bundle) if _key(bundle, segment) not in recorded]
 
 

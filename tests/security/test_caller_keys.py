@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -53,6 +54,7 @@ def test_a_key_is_random_and_only_its_digest_is_kept() -> None:
         GOOD.replace('"roles"', '"burst_s":1e9,"roles"'),
         "[" * 5000,
     ],
+    ids=itertools.count(),  # the key is another in each process
 )
 def test_a_line_that_is_no_entry_stops_the_start_and_is_never_quoted(line: str) -> None:
     with pytest.raises(SettingsError) as caught:

@@ -9,8 +9,10 @@ DEV_PACKAGES := -e shared/isthmus -e "shared/isthmus_tools[torch,zoo,dev]"
 # Measured with Python 3.11 on x86_64; a test counts what is installed. From PyPI torch comes with CUDA, in gigabytes.
 RUN_SIZE := 111 packages, 200 MB to download, 0.6 GB in $(VENV)
 DEV_SIZE := torch and what the tests stand on, another 480 MB where torch is its CPU build
-# A process for each CPU up to four, a module's tests in one: they share what takes long to make.
-PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+# A process more than CPUs, up to four: tests wait for servers about as long as they compute. A module's tests run in
+# one process, since they share what takes long to make.
+PROCESSES := $(shell expr $$(nproc) + 1)
+PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 4 --dist loadfile
 PORT ?= 8080
 ARGS ?=
 export ISTHMUS_REGISTRY ?= $(CURDIR)/.isthmus/registry

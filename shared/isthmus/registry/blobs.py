@@ -145,6 +145,17 @@ class RemoteStore(BlobStore, Protocol):
         ...
 
 
+def replace_retried(
+    store: RemoteStore, retry_policy: RetryPolicy, key: str, data: bytes, tag: str, budget: RetryBudget | None
+) -> bool:
+    """`put_if_match` by repeated attempts of `replace`."""
+    return retry_policy.conditional(
+        lambda: store.replace(key, data, tag) is not None,
+        lambda: store.get(key, max_bytes=max(len(data), 2**20)) == data,
+        budget,
+    )
+
+
 def probe_conditions(store: BlobStore, retry_policy: RetryPolicy) -> None:
     """Write to a key of this call's own with true and false conditions.
 

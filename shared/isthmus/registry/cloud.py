@@ -17,7 +17,15 @@ from obstore.store import AzureStore, GCSStore
 
 from isthmus.errors import Missing, RegistryError, RegistryMissing, RegistryUnavailable, SettingsError
 from isthmus.registry.addresses import Address
-from isthmus.registry.blobs import StoredKey, check_key, check_range, ended_early, probe_conditions, too_long
+from isthmus.registry.blobs import (
+    StoredKey,
+    check_key,
+    check_range,
+    ended_early,
+    probe_conditions,
+    replace_retried,
+    too_long,
+)
 from isthmus.registry.cloud_errors import CloudFacts, translated
 from isthmus.registry.retry_policy import MAX_PARALLEL_REQUESTS, RetryPolicy
 from isthmus.retries import RetryBudget
@@ -112,11 +120,7 @@ class CloudStore:
         return self.put_if_match(key, data, "", budget)
 
     def put_if_match(self, key: str, data: bytes, tag: str, budget: RetryBudget | None = None) -> bool:
-        return self._retry.conditional(
-            lambda: self.replace(key, data, tag) is not None,
-            lambda: self.get(key, max_bytes=max(len(data), 2**20)) == data,
-            budget,
-        )
+        return replace_retried(self, self._retry, key, data, tag, budget)
 
     def require_conditions(self) -> None:
         # The services do; the endpoint of another server may not.

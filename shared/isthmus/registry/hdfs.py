@@ -32,6 +32,7 @@ from isthmus.registry.blobs import (
     ended_early,
     missing_blob,
     missing_registry,
+    replace_retried,
     store_full,
     too_long,
 )
@@ -134,11 +135,7 @@ class HdfsStore:
         return self.put_if_match(key, data, "", budget)
 
     def put_if_match(self, key: str, data: bytes, tag: str, budget: RetryBudget | None = None) -> bool:
-        return self._retry.conditional(
-            lambda: self.replace(key, data, tag) is not None,
-            lambda: self.get(key, max_bytes=max(len(data), 2**20)) == data,
-            budget,
-        )
+        return replace_retried(self, self._retry, key, data, tag, budget)
 
     def require_conditions(self) -> None:
         # Nothing to try: a name node refuses a rename onto a file.

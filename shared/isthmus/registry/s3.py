@@ -25,6 +25,7 @@ from isthmus.registry.blobs import (
     missing_blob,
     missing_registry,
     probe_conditions,
+    replace_retried,
     too_long,
 )
 from isthmus.registry.retry_policy import MAX_PARALLEL_REQUESTS, RetryPolicy, in_parallel
@@ -215,23 +216,19 @@ class S3Store:
         return True
 
     def put_if_match(self, key: str, data: bytes, tag: str, budget: RetryBudget | None = None) -> bool:
-        return self._retry.conditional(
-            lambda: self.replace(key, data, tag) is not None,
-            lambda: self.get(key, max_bytes=max(len(data), 2**20)) == data,
-            budget,
-        )
+        return replace_retried(self, self._retry, key, data, tag, budget)
 
     def require_conditions(self) -> None:
         if not self._conditions_enforced:
             probe_conditions(self, self._retry)
             self._conditions_enforced = True
 
-    def replace(self, key: str, data: bytes, etag: str) -> str | None:
+    def replace(self, key: str, data: bytes, tag: str) -> str | None:
         """Store `data` where `key` has that ETag, or, for an empty one, where it is absent; the new ETag, else None.
 
         Source: S3's conditional writes, If-Match and If-None-Match.
         """
-        condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
+        condition = {"IfMatch": tag} if tag else {"IfNoneMatch": "*"}
         with self._errors(key):
             try:
                 return str(self._client().put_object(**self._at(key), **_body_of(data), **condition)["ETag"])

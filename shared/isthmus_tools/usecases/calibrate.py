@@ -15,7 +15,6 @@ from isthmus.artifacts.fidelity import Fidelity, measure_for, read_fidelity
 from isthmus.errors import CalibrationError
 from isthmus.generation import TextCodec
 from isthmus.registry import Registry, Resolved, open_cache, open_registry
-from isthmus.registry.aliases import check_alias
 from isthmus.runtime.session_store import open_store
 from isthmus.settings import RegistrySettings, SegmentSettings
 from isthmus_tools.calibration import calibrate as calibration
@@ -24,7 +23,7 @@ from isthmus_tools.calibration.boundary import SegmentExecutor
 from isthmus_tools.calibration.calibrate import Calibrated, CalibrationSpec
 from isthmus_tools.calibration.inputs import open_source
 from isthmus_tools.progress import Progress, silent
-from isthmus_tools.usecases.publication import Publication, planned_cuts, publish_version, refuse_encrypted
+from isthmus_tools.usecases.publication import Publication, open_predecessor, planned_cuts, publish_version
 from isthmus_tools.zoo.calibration import PROSE
 
 INPUTS, TOKENS = 400, 3200
@@ -81,12 +80,8 @@ def calibrate(request: CalibrateRequest, progress: Progress = silent) -> Calibra
         CalibrationError: the inputs do not fit the model, or are too few.
         RegistryError: unknown model or cut, or the registry cannot be read or written.
     """
-    if request.alias:
-        check_alias(request.alias)
     settings = SegmentSettings(**vars(request.registry), threads=request.threads)
-    store = open_registry(settings)
-    model = store.resolve(request.model)
-    refuse_encrypted(store, model)
+    store, model = open_predecessor(settings, request.model, request.alias)
     bundle = model.bundle
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
         cuts = calibrated_cuts(request, store, model)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.segment_id import WHOLE
-from isthmus.registry import open_cache, open_registry
-from isthmus.registry.aliases import check_alias
+from isthmus.registry import open_cache
 from isthmus.settings import RegistrySettings
 from isthmus_tools.graph import CutInfo, Model, add_cuts, cuts, open_model
 from isthmus_tools.graph.cuts import default_cuts, within_quantised_operators
@@ -18,7 +17,7 @@ from isthmus_tools.graph.decoder.bundler import add_layer_cuts
 from isthmus_tools.graph.encoder.bundler import add_encoder_cuts
 from isthmus_tools.graph.exporting import ModelInputs
 from isthmus_tools.progress import Progress, silent
-from isthmus_tools.usecases.publication import Publication, findings, publish_version, refuse_encrypted
+from isthmus_tools.usecases.publication import Publication, findings, open_predecessor, publish_version
 from isthmus_tools.usecases.sources import onnx_file
 
 
@@ -60,12 +59,7 @@ def cut(request: CutRequest, progress: Progress = silent) -> CutResult:
         CutError: a cut is not in the graph, or does not separate inputs from outputs.
         RegistryError: unknown model, or the registry cannot be read or written.
     """
-    # An alias that the registry would refuse fails before minutes of cutting.
-    if request.alias:
-        check_alias(request.alias)
-    store = open_registry(request.registry)
-    model = store.resolve(request.model)
-    refuse_encrypted(store, model)
+    store, model = open_predecessor(request.registry, request.model, request.alias)
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
         progress(f"fetching {model.name}:{model.version}")
         with open_cache(request.registry, store).locate(model.digest, WHOLE) as whole:

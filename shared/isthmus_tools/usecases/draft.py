@@ -14,15 +14,14 @@ from isthmus.artifacts.bundle import Exit
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import LocalError, ModelError
 from isthmus.generation import TextCodec
-from isthmus.registry import open_cache, open_registry
-from isthmus.registry.aliases import check_alias
+from isthmus.registry import open_cache
 from isthmus.runtime.session_store import open_store
 from isthmus.settings import RegistrySettings, SegmentSettings
 from isthmus_tools.calibration.exit_training import ExitAgreement, fit_branch, observe, passage_prompts, write_on
 from isthmus_tools.graph.decoder.exits import exit_segment, matrix_of
 from isthmus_tools.graph.weights import LOCATION
 from isthmus_tools.progress import Progress, silent
-from isthmus_tools.usecases.publication import Publication, publish_version, refuse_encrypted
+from isthmus_tools.usecases.publication import Publication, open_predecessor, publish_version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +73,8 @@ def draft(request: DraftRequest, progress: Progress = silent) -> DraftResult:
         CalibrationError: too little text.
         RegistryError: unknown model or cut, or the registry cannot be read or written.
     """
-    if request.alias:
-        check_alias(request.alias)
     settings = SegmentSettings(**vars(request.registry), threads=request.threads)
-    registry = open_registry(settings)
-    model = registry.resolve(request.model)
-    refuse_encrypted(registry, model)
+    registry, model = open_predecessor(settings, request.model, request.alias)
     bundle, text = model.bundle, model.bundle.text
     if bundle.state is None or text is None:
         raise ModelError(f"{bundle.name} is no language model: it declares no state")

@@ -84,6 +84,22 @@ def refuse_encrypted(registry: Registry, model: Resolved) -> None:
     refuse_sealed(registry.store, model.bundle)
 
 
+def open_predecessor(settings: RegistrySettings, reference: str, alias: str) -> tuple[Registry, Resolved]:
+    """The registry, and the version that a next one is made of.
+
+    Raises:
+        RegistryError: no such version, an encrypted one, or an alias that cannot be one.
+    """
+    # What publishing would refuse fails here, before minutes of cutting or calibrating.
+    if alias:
+        check_alias(alias)
+    registry = open_registry(settings)
+    model = registry.resolve(reference)
+    # The new content would be plain, beside the sealed one.
+    refuse_encrypted(registry, model)
+    return registry, model
+
+
 def publish_version(
     registry: Registry,
     bundle: Bundle,

@@ -21,13 +21,11 @@ from isthmus.artifacts.redaction import (
 )
 from isthmus.errors import ModelError, RequestMalformed, RunFailed
 from isthmus.processing.text_masking import TextMasker
-from isthmus.registry import open_registry
-from isthmus.registry.aliases import check_alias
 from isthmus.runtime.face_detector import OrtFaceDetector
 from isthmus.settings import RegistrySettings
 from isthmus_tools.graph.face_detector import centerface
 from isthmus_tools.progress import Progress, silent
-from isthmus_tools.usecases.publication import Publication, publish_version, refuse_encrypted
+from isthmus_tools.usecases.publication import Publication, open_predecessor, publish_version
 from isthmus_tools.zoo.models import FACE_DETECTOR
 
 
@@ -72,12 +70,7 @@ def redact(request: RedactRequest, progress: Progress = silent) -> RedactResult:
         ModelError: the detector or an expression cannot be used.
         RegistryError: unknown model, or the registry cannot be read or written.
     """
-    # An alias that the registry would refuse fails before the detector is read.
-    if request.alias:
-        check_alias(request.alias)
-    store = open_registry(request.registry)
-    model = store.resolve(request.model)
-    refuse_encrypted(store, model)
+    store, model = open_predecessor(request.registry, request.model, request.alias)
     with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
         redaction, files = (None, {}) if request.remove else _redaction(request, Path(folder), progress)
         if redaction is not None:

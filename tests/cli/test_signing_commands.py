@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import json
-import shutil
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from isthmus.registry import FolderStore, Registry
 from isthmus.security.ed25519 import read_signing_key
 from isthmus.security.keyring import parse_keyring
-from support.bundles import Published, publish_photos
+from support.bundles import Published, copied, publish_two_versions
 from support.cli import document, isthmus, refusal
 
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Published:
     """Two versions, of which none is signed."""
-    folder = tmp_path_factory.mktemp("template")
-    published = publish_photos(folder / "1")
-    publish_photos(folder / "2", seed=7, registry=published.folder)
-    return published
+    return publish_two_versions(tmp_path_factory.mktemp("template"))
 
 
 @pytest.fixture
 def photos(template: Published, tmp_path: Path) -> Published:
-    folder = tmp_path / "registry"
-    shutil.copytree(template.folder, folder)
-    return replace(template, folder=folder, registry=Registry(FolderStore(folder)))
+    return copied(template, tmp_path / "registry")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from isthmus_tools.usecases.encryption import EncryptRequest, encrypt
 from isthmus_tools.usecases.signing import sign_version
 from support.altered_documents import ODD, altered, encoded, paths
 from support.attacks import MIN_CASES, Attack, Target, flips
-from support.bundles import Published, framed, publish_photos, ready, segment_settings
+from support.bundles import Published, framed, publish_photos, publish_two_versions, ready, segment_settings
 from support.signing import new_key, signed_statement, trusted
 
 HEADERS = {"Content-Type": frames.CONTENT_TYPE}
@@ -75,8 +75,7 @@ class Signed:
 @pytest.fixture(scope="module")
 def signed(tmp_path_factory: pytest.TempPathFactory) -> Signed:
     folder = tmp_path_factory.mktemp("signed")
-    photos = publish_photos(folder / "1")
-    publish_photos(folder / "2", seed=7, registry=photos.folder)
+    photos = publish_two_versions(folder)
     setup = Signed(photos, folder, new_key(folder, "release"), new_key(folder, "stranger"))
     (folder / "keyring").write_bytes(keyring_json(KeyringDocument((trusted(setup.key),), ())))
     sign_version(setup.registry, setup.version("1"), setup.key)

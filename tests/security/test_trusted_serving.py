@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from flask import Flask
 
 from isthmus.artifacts.bundle import Blob, to_json
 from isthmus.errors import RegistryError, SettingsError, Untrusted
-from isthmus.registry import BakedSegment, FolderStore, Registry, SegmentCache, demanded_trust, open_registry
+from isthmus.registry import BakedSegment, Registry, SegmentCache, demanded_trust, open_registry
 from isthmus.registry.aliases import AliasSigner
 from isthmus.registry.collection import collect
 from isthmus.registry.registry import Resolved
@@ -29,7 +29,16 @@ from isthmus.serving import create_router_app, create_segment_app
 from isthmus.settings import RegistrySettings
 from isthmus.wire import frame as frames
 from isthmus_tools.usecases.signing import demanded_keyring, sign_version, signers
-from support.bundles import Published, framed, photo, publish_photos, ready, router_settings, segment_settings
+from support.bundles import (
+    Published,
+    copied,
+    framed,
+    photo,
+    publish_two_versions,
+    ready,
+    router_settings,
+    segment_settings,
+)
 from support.paths import SHARED
 from support.patience import until
 from support.signing import new_key, signed_statement, trusted
@@ -83,17 +92,12 @@ class Signed:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Published:
-    folder = tmp_path_factory.mktemp("template")
-    published = publish_photos(folder / "1")
-    publish_photos(folder / "2", seed=7, registry=published.folder)
-    return published
+    return publish_two_versions(tmp_path_factory.mktemp("template"))
 
 
 @pytest.fixture
 def signed(template: Published, tmp_path: Path) -> Signed:
-    folder = tmp_path / "registry"
-    shutil.copytree(template.folder, folder)
-    photos = replace(template, folder=folder, registry=Registry(FolderStore(folder)))
+    photos = copied(template, tmp_path / "registry")
     setup = Signed(photos, tmp_path, new_key(tmp_path, "release"), new_key(tmp_path, "stranger"))
     setup.trust(trusted(setup.key))
     return setup

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -198,6 +199,19 @@ def publish_photos(folder: Path, seed: int = 0, registry: Path | None = None) ->
     version = target.publish(bundle, {digest: folder / path for digest, path in paths.items()})
     inputs = {"x": np.random.default_rng(1).standard_normal((1, 3, 8, 8)).astype(np.float32)}
     return Published(target, where, bundle, version.version, version.digest, folder / "photos.onnx", inputs)
+
+
+def publish_two_versions(folder: Path) -> Published:
+    """Two versions of the model for photos in one registry; the first is described."""
+    first = publish_photos(folder / "1")
+    publish_photos(folder / "2", seed=7, registry=first.folder)
+    return first
+
+
+def copied(template: Published, folder: Path) -> Published:
+    """The registry of `template` once more in `folder`, for a test that changes it."""
+    shutil.copytree(template.folder, folder)
+    return replace(template, folder=folder, registry=Registry(FolderStore(folder)))
 
 
 @pytest.fixture(scope="module")

@@ -114,8 +114,10 @@ def test_sign_signs_a_version_and_renews_the_alias_that_names_it(photos: Publish
 
 
 @pytest.fixture
-def released(photos: Published, tmp_path: Path) -> Release:
+def released(photos: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Release:
     """A registry, and a key with its keyring."""
+    # Commands remember counters of aliases by the registry's path, which another run of the tests may have had too.
+    monkeypatch.setenv("cache_dir", str(tmp_path / "cache"))
     key, keyring = tmp_path / "release.pem", tmp_path / "trusted.json"
     key_id = ask("key", "new", key)["id"]
     ask("key", "trust", keyring, tmp_path / "release.pub.pem", "--name", "release")

@@ -21,7 +21,7 @@ from isthmus.security.sealing import CALL, REPLY, CallSealer
 from isthmus.security.signing import CallSigner
 from isthmus.serving import create_segment_app
 from isthmus.wire import frame as frames
-from support.attacks import Attack, Target, flips
+from support.attacks import Attack, Target, flips, other_character
 from support.bundles import Published, framed, publish_photos, ready, segment_settings
 from support.bundles import photos as photos
 
@@ -93,8 +93,8 @@ def signed_attacks(frame: bytes) -> Iterator[Attack]:
     headers = dict(sent.headers)
     for name, value in headers.items():
         for place in range(0, len(value), 4 if name != "Content-Type" else 7):
-            other = "x" if value[place] != "x" else "y"
-            yield call(f"{name} at {place}", frame, {**headers, name: value[:place] + other + value[place + 1 :]})
+            changed = value[:place] + other_character(value[place]) + value[place + 1 :]
+            yield call(f"{name} at {place}", frame, {**headers, name: changed})
         if name != "Content-Type":
             for text in (
                 "",

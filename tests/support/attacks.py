@@ -85,6 +85,11 @@ class Target:
         assert len(seen) >= MIN_CASES[kind], f"{len(seen)} cases"
 
 
+def other_character(character: str) -> str:
+    """One that stands for other bytes, also at the end of base64, where up to four bits of a character are unused."""
+    return "A" if character in "wxyz0123456789+/-_" else "x"
+
+
 def flips(data: bytes, places: Iterable[int]) -> Iterator[tuple[int, bytes]]:
     """The bytes with one bit of each place inverted."""
     for place in places:

@@ -12,13 +12,17 @@ from isthmus.artifacts.bundle import (
     Blob,
     Bundle,
     Cut,
+    Exit,
     Segment,
+    SegmentVariant,
     TextEmbedding,
     Weights,
     from_json,
     subject_digest,
     to_json,
 )
+from isthmus.artifacts.fusion import Fusion
+from isthmus.artifacts.gate import EXIT_CONFIDENCE, EXIT_SCORES, Gate
 from isthmus.artifacts.segment_id import SegmentId
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import RegistryError
@@ -112,3 +116,43 @@ def test_an_embedding_survives_the_manifest_and_is_absent_from_others() -> None:
 def test_an_embedding_of_other_tensors_is_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(RegistryError, match=says):
         from_json(to_json(replace(ENCODER, **changes)))
+
+
+SCORES = TensorSpec("scores", "float32", ("batch", 3))
+BRANCH = Segment(
+    SegmentId("a", "a"),
+    Blob("sha256:" + "3" * 64, 4),
+    (),
+    (replace(SCORES, name=EXIT_SCORES), TensorSpec(EXIT_CONFIDENCE, "float32", ("batch",))),
+    (),
+)
+GATE = Gate("scores", 1.5, "disagreement", limit=0.01, confidence=0.9, inputs=1000, exiting=900, failing=4, bound=0.009)
+VARIANT = SegmentVariant(
+    Segment(SegmentId("", "a", "int8"), Blob("sha256:" + "4" * 64, 5), (), (), ()), "static int8", 0.99, 200
+)
+FUSION = Fusion("a", "scores", 0.25, 0.75, 500)
+LEARNT = replace(BUNDLE, outputs=(SCORES,), exits=(Exit(BRANCH, 0.97, GATE),), variants=(VARIANT,), fusion=FUSION)
+
+
+def test_exits_variants_and_fusion_survive_the_manifest_and_their_graphs_are_its_content() -> None:
+    assert from_json(to_json(LEARNT)) == LEARNT
+    assert {BRANCH.graph.digest, VARIANT.segment.graph.digest} <= LEARNT.blobs()
+    assert LEARNT.segment("a..a") == BRANCH
+    assert LEARNT.segment("..a~int8") == VARIANT.segment
+    assert GATE.share == 0.9
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"exits": (Exit(BRANCH, 0.9, replace(GATE, output="other")),)}, "exit of the output 'other'"),
+        ({"exits": (Exit(replace(BRANCH, outputs=(SCORES,)), 0.9, GATE),)}, "other outputs than exit_scores"),
+        ({"exits": (Exit(BRANCH, 0.9),)}, "which is no classifier's"),
+        ({"variants": (VARIANT, VARIANT)}, "two variants of one name"),
+        ({"variants": (replace(VARIANT, segment=BUNDLE.segment_list[0]),)}, "is no variant of"),
+        ({"segment_list": (*BUNDLE.segment_list, VARIANT.segment)}, "does not lie between"),
+    ],
+)
+def test_what_was_learnt_fits_the_bundle_or_is_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(RegistryError, match=says):
+        from_json(to_json(replace(LEARNT, **changes)))

@@ -20,9 +20,20 @@ def test_an_id_is_written_and_parsed_by_its_two_ends(text: str, start: str, stop
     assert json.loads(json.dumps({segment: segment})) == {text: text}
 
 
-@pytest.mark.parametrize("text", ["", "31", ".", "...", "a..b..c", "a/b..", "..-a", "..\ud800", f"..{'a' * 64}"])
+def test_a_variant_is_written_behind_its_segment() -> None:
+    segment = SegmentId.parse("20..31~int8")
+    assert (segment.start, segment.stop, segment.variant) == ("20", "31", "int8")
+    assert segment == SegmentId("20", "31", "int8") == copy.copy(segment)
+    assert segment.plain == SegmentId("20", "31") == segment.plain.plain
+    assert SegmentId.parse("..~int8").plain == WHOLE
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "31", ".", "...", "a..b..c", "a/b..", "..-a", "..\ud800", f"..{'a' * 64}", "..a~", "a~b..", "..a~b~c", "~a"],
+)
 def test_text_that_is_no_id_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"segment id|cannot name a cut") as e:
+    with pytest.raises(ValueError, match=r"segment id|cannot name a|names no variant") as e:
         SegmentId.parse(text)
     assert len(str(e.value)) < 200
 

@@ -16,9 +16,11 @@ import msgspec
 from msgspec import Meta, Struct, field
 from msgspec.structs import force_setattr, replace
 
+from isthmus.artifacts.constraints import Amount, Count, Share, Text, matching
 from isthmus.artifacts.constraints import Blob as Blob
-from isthmus.artifacts.constraints import Count, Share, Text, matching
 from isthmus.artifacts.cuts import SYNTAX, CutName, CutText, layer_cut, parse_partition
+from isthmus.artifacts.fusion import Fusion
+from isthmus.artifacts.gate import EXIT_CONFIDENCE, EXIT_SCORES, Gate
 from isthmus.artifacts.json_documents import DocumentKind, builtins, canonical
 from isthmus.artifacts.redaction import Redaction
 from isthmus.artifacts.segment_id import SegmentId, partition_ids
@@ -102,24 +104,42 @@ class TextEmbedding(Struct, frozen=True, forbid_unknown_fields=True):
     pad: Count = 0
 
 
-# What an exit branch predicts: a token for each position, and its probability by the branch.
+# What a language model's branch predicts: a token for each position, and its probability by the branch.
 EXIT_TOKENS, EXIT_PROBABILITIES = "exit_tokens", "exit_probabilities"
 
 
-class Exit(Struct, frozen=True, forbid_unknown_fields=True):
+class Exit(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A branch of a cut that predicts the model's output early, from the boundary tensors.
 
     `segment` runs where the segment before the cut does; its id names the cut twice, `CUT..CUT`. `agreement` is the
-    share of held-out predictions that are the model's.
+    share of held-out predictions that are the model's. `gate` says when a classifier's early answer stands; None for a
+    branch that only drafts, as a language model's.
     """
 
     segment: Segment
     agreement: Share
+    gate: Gate | None = None
 
     @property
     def cut(self) -> str:
         """The name of its cut."""
         return self.segment.id.start
+
+
+class SegmentVariant(Struct, frozen=True, forbid_unknown_fields=True):
+    """Another graph of one of the bundle's segments, compressed: `FROM..TO~NAME`, its weights inside the graph.
+
+    It takes and gives the tensors of the segment that it stands for. `method` says how it was made. `agreement` is the
+    share of `inputs` held-out inputs with the whole model's prediction. Units: `seconds_ratio` is its run over the
+    segment's own on the machine that measured; `memory_bytes` what its session takes.
+    """
+
+    segment: Segment
+    method: Text
+    agreement: Share
+    inputs: Count
+    seconds_ratio: Amount = 0.0
+    memory_bytes: Count = 0
 
 
 class Cut(Struct, frozen=True, forbid_unknown_fields=True):
@@ -142,6 +162,7 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     (docs/explanation/calibration.md), `plan` the blob of the plan (docs/reference/plan.md). `state` declares what a
     session's segments keep, `text` how a language model reads and writes, `embedding` how a sentence encoder takes
     texts; each is absent for other models. `redaction` is what the router blurs or masks in an input before it leaves.
+    `variants` are compressed segments, `fusion` the weights of an exit's scores beside the model's.
     """
 
     name: ModelName
@@ -162,6 +183,8 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     embedding: TextEmbedding | None = None
     exits: tuple[Exit, ...] = ()
     redaction: Redaction | None = None
+    variants: tuple[SegmentVariant, ...] = ()
+    fusion: Fusion | None = None
 
     def __post_init__(self) -> None:
         # In manifest order, so that equality does not depend on construction order.
@@ -187,21 +210,25 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
         """The cuts by name."""
         return {cut.name: cut for cut in self.cut_list}
 
+    @cached_property
+    def runnable(self) -> Mapping[str, Segment]:
+        """All graphs that a function can run, by id: the segments, the exits' branches, the variants."""
+        further = (*(each.segment for each in self.exits), *(each.segment for each in self.variants))
+        return {**self.segments, **{segment.id: segment for segment in further}}
+
     def segment(self, segment_id: str) -> Segment:
-        """The segment with the id `segment_id`.
+        """The segment, branch or variant with the id `segment_id`.
 
         Raises:
             Missing: no such segment in this bundle; facts list the existing ids.
         """
-        if (segment := self.segments.get(segment_id)) is not None:
+        if (segment := self.runnable.get(segment_id)) is not None:
             return segment
-        if (branch := next((e.segment for e in self.exits if e.segment.id == segment_id), None)) is not None:
-            return branch
         raise Missing(
             f"bundle {self.name} has no segment {segment_id!r}",
             kind="segment",
             name=segment_id,
-            exists=sorted(self.segments),
+            exists=sorted(self.runnable),
             hint=f"publish it with: isthmus cut {self.name} --cut …",
         )
 
@@ -264,12 +291,11 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     @cached_property
     def content(self) -> Mapping[str, int]:
         """The lengths of all blobs referenced by this bundle, by digest."""
-        segments = (*self.segments.values(), *(each.segment for each in self.exits))
         tokenizers = [model.tokenizer for model in (self.text, self.embedding) if model is not None]
         faces = self.redaction.faces if self.redaction is not None else None
         detector = faces.detector if faces is not None else None
         documents = (self.labels, self.fidelity, self.plan, detector, *tokenizers, *self.tables.values())
-        blobs = (self.weights.blob, *(s.graph for s in segments), *documents)
+        blobs = (self.weights.blob, *(s.graph for s in self.runnable.values()), *documents)
         return {blob.digest: blob.size for blob in blobs if blob is not None}
 
     def blobs(self) -> set[str]:
@@ -303,11 +329,25 @@ def is_model_name(text: str) -> bool:
     return _MODEL.fullmatch(text) is not None
 
 
+_OPTIONAL = ("tables", "fidelity", "plan", "state", "text", "embedding", "exits", "redaction", "variants", "fusion")
+
+
 def to_json(bundle: Bundle) -> bytes:
     """Canonical JSON of a bundle: sorted keys, no spaces, UTF-8; equal bundles give equal bytes."""
     doc = builtins(bundle)
     # Absent if empty, so that bundles without these fields keep the digests of earlier versions.
-    for name in ("tables", "fidelity", "plan", "state", "text", "embedding", "exits", "redaction"):
+    for name in (
+        "tables",
+        "fidelity",
+        "plan",
+        "state",
+        "text",
+        "embedding",
+        "exits",
+        "redaction",
+        "variants",
+        "fusion",
+    ):
         if not doc[name]:
             del doc[name]
     return canonical(doc)
@@ -330,7 +370,7 @@ def _check(bundle: Bundle) -> None:
             raise ValueError(f"has two {kind}s of one name")
     for segment in bundle.segment_list:
         # The end of a segment without a cut could never be reached by a partition.
-        if not {segment.id.start, segment.id.stop} <= {"", *bundle.cuts}:
+        if segment.id.variant or not {segment.id.start, segment.id.stop} <= {"", *bundle.cuts}:
             raise ValueError(f"has the segment {segment.id!r}, which does not lie between two of the bundle's cuts")
     if unknown := [name for name in bundle.default_cuts if name not in bundle.cuts]:
         raise ValueError(f"has the default cut {unknown[0][:80]!r}, which is none of the bundle's cuts")
@@ -339,6 +379,15 @@ def _check(bundle: Bundle) -> None:
             raise ValueError(f"has the exit {each.segment.id!r}, which is no branch of one of the bundle's cuts")
     if len({each.cut for each in bundle.exits}) != len(bundle.exits):
         raise ValueError("has two exits of one cut")
+    for each in bundle.exits:
+        _check_gate(bundle, each)
+    for variant in bundle.variants:
+        if not variant.segment.id.variant or variant.segment.id.plain not in bundle.segments:
+            raise ValueError(f"has {variant.segment.id!r}, which is no variant of one of the bundle's segments")
+    if len({variant.segment.id for variant in bundle.variants}) != len(bundle.variants):
+        raise ValueError("has two variants of one name")
+    if bundle.fusion is not None and bundle.fusion.cut not in [e.cut for e in bundle.exits if e.gate is not None]:
+        raise ValueError(f"has a fusion with the exit at {bundle.fusion.cut!r}, which is no classifier's")
     if bundle.state is not None:
         _check_state(bundle, bundle.state)
     if bundle.text is not None and bundle.text.logits not in [spec.name for spec in bundle.outputs]:
@@ -362,6 +411,15 @@ def _check(bundle: Bundle) -> None:
         _ = bundle.labels
     except msgspec.ValidationError as e:
         raise ValueError(f"has labels that are no blob: {e}") from e
+
+
+def _check_gate(bundle: Bundle, each: Exit) -> None:
+    if each.gate is None:
+        return
+    if each.gate.output not in [spec.name for spec in bundle.outputs]:
+        raise ValueError(f"has an exit of the output {each.gate.output[:80]!r}, which the model does not have")
+    if {spec.name for spec in each.segment.outputs} != {EXIT_SCORES, EXIT_CONFIDENCE}:
+        raise ValueError(f"has an exit at {each.cut} with other outputs than {EXIT_SCORES} and {EXIT_CONFIDENCE}")
 
 
 def _check_state(bundle: Bundle, state: State) -> None:
@@ -393,7 +451,9 @@ def _check_redaction(bundle: Bundle, redaction: Redaction) -> None:
 
 
 def _tensor_lists(bundle: Bundle) -> Iterable[tuple[TensorSpec, ...]]:
-    parts: tuple[Bundle | Segment, ...] = (bundle, *bundle.segment_list, *(each.segment for each in bundle.exits))
+    # Not `runnable`, which would drop one of two segments of one id.
+    branches = (*(each.segment for each in bundle.exits), *(each.segment for each in bundle.variants))
+    parts: tuple[Bundle | Segment, ...] = (bundle, *bundle.segment_list, *branches)
     return [
         *(part.inputs for part in parts),
         *(part.outputs for part in parts),

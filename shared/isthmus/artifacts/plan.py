@@ -167,6 +167,17 @@ class CloserLooks(Struct, frozen=True, forbid_unknown_fields=True):
         return sum(self.shares)
 
 
+class PlannedExit(Struct, frozen=True, forbid_unknown_fields=True):
+    """The exit behind a candidate's head: requests that are clear there end at the edge.
+
+    `share` is the share of `inputs` inputs that exited; sizes and times of what lies behind the exit are weighted by
+    the rest.
+    """
+
+    share: Share
+    inputs: Count
+
+
 class GenerationLoad(Struct, frozen=True, forbid_unknown_fields=True):
     """The generation of text that a plan is for.
 
@@ -209,8 +220,8 @@ class Candidate(Struct, frozen=True, forbid_unknown_fields=True):
     of `photo/1` is below 1, as a JPEG of that quality, in percent, of the part that the model takes. `variant` is the
     digest of a substitute bundle. `up_bytes` and `down_bytes` are whole frames on the link. A candidate with a reason
     in `refused` cannot be chosen. Of a language model a request is an answer, `generation` has its costs by step, and
-    the measurement's parts are `first_token` and `per_token`. Units: bytes, seconds, joules, prices in the plan's
-    currency.
+    the measurement's parts are `first_token` and `per_token`. `exit` is the exit at the first cut, `head` the variant
+    of the head (see `bundle.SegmentVariant`). Units: bytes, seconds, joules, prices in the plan's currency.
     """
 
     name: Text
@@ -231,6 +242,8 @@ class Candidate(Struct, frozen=True, forbid_unknown_fields=True):
     refused: Text = ""
     looks: CloserLooks | None = field(default=None, name="closer_looks")
     generation: TokenCosts | None = None
+    exit: PlannedExit | None = None
+    head: Text = ""
 
     @property
     def calls(self) -> float:
@@ -342,7 +355,9 @@ def to_json(plan: Plan) -> bytes:
     doc = builtins(plan)
     # Absent without a value, as in plans from before these fields: equal plans keep their digests.
     for candidate in doc["candidates"]:
-        _drop_absent(candidate, "closer_looks", "generation")
+        _drop_absent(candidate, "closer_looks", "generation", "exit")
+        if not candidate["head"]:
+            del candidate["head"]
     _drop_absent(doc["constraints"], "first_token_s", "per_token_s")
     _drop_absent(doc, "mix", "generation")
     data = canonical(doc)
@@ -382,6 +397,8 @@ def _check(plan: Plan) -> None:
             raise ValueError(f"{where} of kind {candidate.kind} with cuts {list(candidate.cuts)}")
         if (candidate.generation is None) != (plan.generation is None):
             raise ValueError(f"{where} with costs by token in a plan without generation, or without them in one with")
+        if (candidate.exit is not None or candidate.head) and not candidate.cuts:
+            raise ValueError(f"{where} with an exit or a variant of the head, and no cut")
         if candidate.looks is not None:
             _check_looks(f"{where} with closer_looks", candidate, candidate.looks)
 

@@ -18,7 +18,7 @@ from isthmus.security.audit import local_user
 
 def all_segments(bundle: Bundle) -> list[Segment]:
     """Every segment of a bundle, exit branches included."""
-    return [*bundle.segment_list, *(each.segment for each in bundle.exits)]
+    return [*bundle.runnable.values()]
 
 
 def never_run(store: Registry, bundle: Bundle) -> list[Segment]:

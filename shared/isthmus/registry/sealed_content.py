@@ -239,7 +239,7 @@ class Content:
         """Segments that read these bytes of a blob, the smallest first."""
         found = list[tuple[int, str]]()
         for _, bundle in self._bundles.with_blob(digest):
-            for segment in (*bundle.segments.values(), *(each.segment for each in bundle.exits)):
+            for segment in bundle.runnable.values():
                 ranges = bundle.weight_ranges(segment)
                 weights = digest == bundle.weights.blob.digest
                 if segment.graph.digest == digest or (

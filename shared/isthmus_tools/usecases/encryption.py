@@ -189,7 +189,7 @@ def list_grants(registry: Registry, manifest: str, bundle: Bundle) -> list[Grant
         RegistryError: a grant cannot be read.
     """
     grants = _grants(registry, manifest)
-    every = (*bundle.segment_list, *(each.segment for each in bundle.exits))
+    every = tuple(bundle.runnable.values())
     total = readable_bytes(bundle, every)
     summaries = [
         GrantSummary(

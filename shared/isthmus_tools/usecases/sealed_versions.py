@@ -38,17 +38,19 @@ class Addressee:
     selection: tuple[str, ...] = ()
 
     def segments(self, bundle: Bundle, plan: Plan | None) -> tuple[Segment, ...]:
-        """The segments of a bundle for this recipient, with the exits that run where these do.
+        """The segments of a bundle for this recipient, with the exits and variants that run where these do.
 
         Raises:
             Missing: the bundle has no such segment.
             RequestMalformed: a head or tail of a bundle that is not cut.
         """
         if not self.selection:
-            return (*bundle.segment_list, *(each.segment for each in bundle.exits))
+            return tuple(bundle.runnable.values())
         chosen = {bundle.segment(_segment_id(text, bundle, plan)) for text in self.selection if text != DOCUMENTS}
-        exits = {each.segment for each in bundle.exits if any(s.id.stop == each.cut for s in chosen)}
-        return tuple(sorted(chosen | exits, key=lambda segment: segment.id))
+        ids, ends = {s.id for s in chosen}, {s.id.stop for s in chosen}
+        exits = {each.segment for each in bundle.exits if each.cut in ends}
+        variants = {each.segment for each in bundle.variants if each.segment.id.plain in ids}
+        return tuple(sorted(chosen | exits | variants, key=lambda segment: segment.id))
 
 
 def parse_addressee(text: str) -> Addressee:
@@ -162,7 +164,7 @@ def give(
     segments = addressee.segments(content, plan[0])
     weights = content.weights.blob.digest
     ranges = [(t.offset, t.offset + t.length) for segment in segments for t in content.weight_ranges(segment)]
-    graphs = {segment.graph.digest for segment in (*content.segment_list, *(e.segment for e in content.exits))}
+    graphs = {segment.graph.digest for segment in content.runnable.values()}
     wanted = {segment.graph.digest for segment in segments} | set(content.content) - graphs - {weights}
     if absent := sorted({weights, *wanted} - sealed.keys()):
         raise Missing(f"{content.name} has no sealed {absent[0]}", kind="blob", name=absent[0], exists=[])
@@ -191,7 +193,7 @@ def plan_of(registry: Registry, bundle: Bundle) -> tuple[Plan | None, bytes]:
 def _boundaries(bundle: Bundle) -> Iterator[int]:
     """The offsets in the weights file where a segment begins or ends to read."""
     tensors = bundle.weights.tensors
-    for segment in (*bundle.segment_list, *(each.segment for each in bundle.exits)):
+    for segment in tuple(bundle.runnable.values()):
         for index in (end for pair in segment.weights for end in pair):
             if index < len(tensors):
                 yield tensors[index].offset

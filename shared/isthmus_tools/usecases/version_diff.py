@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from isthmus.artifacts.bundle import Bundle, Segment
+from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.fidelity import Fidelity, read_fidelity
 from isthmus.artifacts.plan import Plan, read_plan
 from isthmus.errors import CalibrationError, PlanMalformed, PlanMismatch
@@ -84,7 +84,7 @@ def diff_versions(store: Registry, first: str, second: str) -> VersionDiff:
     return VersionDiff(
         one,
         two,
-        segments=_changes(_segments(a), _segments(b)),
+        segments=_changes(a.runnable, b.runnable),
         cuts=_changes(a.cuts, b.cuts),
         default_cuts=(a.default_cuts, b.default_cuts),
         tensors=_changes(_tensors(a), _tensors(b)),
@@ -105,19 +105,13 @@ def _changes(before: Mapping[str, object], after: Mapping[str, object]) -> NameC
     )
 
 
-def _segments(bundle: Bundle) -> dict[str, Segment]:
-    # Ids of exits name their cut twice, so that none is a segment's.
-    exits = (each.segment for each in bundle.exits)
-    return {str(segment.id): segment for segment in (*bundle.segment_list, *exits)}
-
-
 def _tensors(bundle: Bundle) -> dict[str, object]:
     """The model's own inputs and outputs."""
     return {spec.name: (spec.dtype, spec.shape) for spec in (*bundle.inputs, *bundle.outputs)}
 
 
 def _graph_bytes(bundle: Bundle) -> int:
-    return sum(segment.graph.size for segment in _segments(bundle).values())
+    return sum(segment.graph.size for segment in bundle.runnable.values())
 
 
 def _fidelity(store: Registry, bundle: Bundle) -> Fidelity | None:

@@ -23,7 +23,17 @@ if TYPE_CHECKING:
     from isthmus_tools.usecases.plan import PlanRequest, PlanResult, plan
     from isthmus_tools.usecases.profile import ProfileRequest, ProfileResult, profile
     from isthmus_tools.usecases.publication import Publication
+    from isthmus_tools.usecases.publish import (
+        PromoteRequest,
+        PromoteResult,
+        PublishRequest,
+        PublishResult,
+        promote,
+        publish,
+    )
+    from isthmus_tools.usecases.pull import PullRequest, PullResult, pull
     from isthmus_tools.usecases.trigger import PartCheck, TriggerRequest, check_trigger, run_trigger
+    from isthmus_tools.usecases.verify import VerifyRequest, VerifyResult, verify
 
 _NAMES = {
     "budget": ("Budget",),
@@ -39,7 +49,10 @@ _NAMES = {
     "usecases.plan": ("PlanRequest", "PlanResult", "plan"),
     "usecases.profile": ("ProfileRequest", "ProfileResult", "profile"),
     "usecases.publication": ("Publication",),
+    "usecases.publish": ("PromoteRequest", "PromoteResult", "PublishRequest", "PublishResult", "promote", "publish"),
+    "usecases.pull": ("PullRequest", "PullResult", "pull"),
     "usecases.trigger": ("PartCheck", "TriggerRequest", "check_trigger", "run_trigger"),
+    "usecases.verify": ("VerifyRequest", "VerifyResult", "verify"),
     "graph.exporting": ("ModelInputs",),
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
@@ -64,8 +77,16 @@ __all__ = [
     "ProfileRequest",
     "ProfileResult",
     "Progress",
+    "PromoteRequest",
+    "PromoteResult",
     "Publication",
+    "PublishRequest",
+    "PublishResult",
+    "PullRequest",
+    "PullResult",
     "TriggerRequest",
+    "VerifyRequest",
+    "VerifyResult",
     "calibrate",
     "check_trigger",
     "classify_photos",
@@ -76,7 +97,11 @@ __all__ = [
     "package",
     "plan",
     "profile",
+    "promote",
+    "publish",
+    "pull",
     "run_trigger",
+    "verify",
 ]
 
 

@@ -9,9 +9,10 @@ from isthmus.artifacts.bundle import BUNDLE
 from isthmus.artifacts.fidelity import FIDELITY
 from isthmus.artifacts.grant import GRANT
 from isthmus.artifacts.json_documents import schema
+from isthmus.artifacts.leak import LEAK
 from isthmus.artifacts.plan import PLAN
 from isthmus.artifacts.profile import PROFILE
 
-for kind in (BUNDLE, PLAN, PROFILE, FIDELITY, GRANT):
+for kind in (BUNDLE, PLAN, PROFILE, FIDELITY, LEAK, GRANT):
     path = Path(__file__).with_name(f"{kind.name}.schema.json")
     path.write_text(json.dumps(schema(kind), indent=1) + "\n")

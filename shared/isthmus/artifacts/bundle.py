@@ -163,6 +163,7 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     session's segments keep, `text` how a language model reads and writes, `embedding` how a sentence encoder takes
     texts; each is absent for other models. `redaction` is what the router blurs or masks in an input before it leaves.
     `variants` are compressed segments, `fusion` the weights of an exit's scores beside the model's.
+    `leak` is the blob of the leak document (docs/how-to/leak.md).
     """
 
     name: ModelName
@@ -185,6 +186,7 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     redaction: Redaction | None = None
     variants: tuple[SegmentVariant, ...] = ()
     fusion: Fusion | None = None
+    leak: Blob | None = None
 
     def __post_init__(self) -> None:
         # In manifest order, so that equality does not depend on construction order.
@@ -294,7 +296,7 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
         tokenizers = [model.tokenizer for model in (self.text, self.embedding) if model is not None]
         faces = self.redaction.faces if self.redaction is not None else None
         detector = faces.detector if faces is not None else None
-        documents = (self.labels, self.fidelity, self.plan, detector, *tokenizers, *self.tables.values())
+        documents = (self.labels, self.fidelity, self.leak, self.plan, detector, *tokenizers, *self.tables.values())
         blobs = (self.weights.blob, *(s.graph for s in self.runnable.values()), *documents)
         return {blob.digest: blob.size for blob in blobs if blob is not None}
 
@@ -347,6 +349,7 @@ def to_json(bundle: Bundle) -> bytes:
         "redaction",
         "variants",
         "fusion",
+        "leak",
     ):
         if not doc[name]:
             del doc[name]

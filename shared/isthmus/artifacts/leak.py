@@ -1,7 +1,7 @@
 """The leak document: how well inputs are reconstructed from what crosses each cut under each codec.
 
 Read by plans that bound what a crossing may reveal. Values are of the strongest attacker that was tried, and so lower
-bounds of what leaks. Format: docs/how-to/leak.md.
+bounds of what leaks. Format: docs/schemas/leak.schema.json.
 """
 
 from __future__ import annotations

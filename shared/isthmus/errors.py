@@ -161,6 +161,10 @@ class CalibrationError(IsthmusError):
     """Calibration failed, or its measured fidelity is unusable. Facts: the data at fault."""
 
 
+class LearningError(IsthmusError):
+    """Nothing can be learned from the data or for the model: labels, classes, too few inputs. Facts: those at fault."""
+
+
 class RegistryError(IsthmusError):
     """The registry cannot supply the requested content."""
 
@@ -443,6 +447,7 @@ HTTP_STATUS: dict[type[IsthmusError], int] = {
     PlanMalformed: 502,
     PlanMismatch: 409,
     CalibrationError: 400,
+    LearningError: 400,
     ProfileMalformed: 400,
     RegistryError: 502,
     Missing: 404,

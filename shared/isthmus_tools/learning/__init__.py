@@ -1,0 +1,1 @@
+"""Learning at the edge: labelled data, early exits, compression and training."""

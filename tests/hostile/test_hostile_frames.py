@@ -60,6 +60,8 @@ def altered_fields(good: bytes) -> Iterator[Attack]:
             (v, 400)
             for v in (True, 1, "x", [], {}, {"session": ""}, {"session": "s"}, {"session": "s", "position": -1})
         ],
+        # Of numbers those in range are refused too: the good frame's segment ends the model.
+        ("exit",): [(v, 400) for v in (True, "x", [], {}, DEEP, 1e31, 10**400, -1e31, 0, 0.5)],
         ("more",): [(1, 400)],
         ("tensors", 0, "name"): [(v, 400) for v in [*NO_TEXT, "", "y", "../x", "x\0", "x" * 600, "\ud800"]],
         ("tensors", 0, "dtype"): [(v, 400) for v in [*NO_TEXT, "", "object", "O", "float64", "int8", "<f4", "V9"]],
@@ -89,7 +91,7 @@ def altered_fields(good: bytes) -> Iterator[Attack]:
         ("tensors", 0, "more"): [(1, 400)],
     }
     for path, values in odd.items():
-        for value, status in [*values, *([(..., 400)] if path[-1] not in ("more", "step") else [])]:
+        for value, status in [*values, *([(..., 400)] if path[-1] not in ("more", "step", "exit") else [])]:
             document = copy.deepcopy(header)
             place: Any = document
             for key in path[:-1]:

@@ -119,6 +119,14 @@ def test_an_unknown_segment_is_missing_and_names_those_that_exist(client: FlaskC
     assert "isthmus cut" in answer.json["hint"]
 
 
+def test_an_exit_that_the_bundle_does_not_have_is_missing_before_anything_runs(
+    client: FlaskClient, photos: Published
+) -> None:
+    answer = client.post("/", data=framed(photos, "..6", exit=0.5))
+    assert (answer.status_code, answer.json["type"]) == (404, "Missing")
+    assert "6..6" in answer.json["error"]
+
+
 def test_an_unknown_bundle_is_missing_and_names_the_registry(client: FlaskClient, photos: Published) -> None:
     digest = "sha256:" + "0" * 64
     answer = client.post("/", data=framed(photos, bundle=digest))

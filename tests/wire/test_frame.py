@@ -107,6 +107,21 @@ def test_decoding_views_the_frame_and_cannot_write_to_it() -> None:
     assert not decode(bytearray(data), max_bytes=BOUND).tensors["t"].flags.writeable
 
 
+@pytest.mark.parametrize("threshold", [None, 0.0, -0.0, 0.1, 1, -1e30, 1e30, 5e-324])
+def test_an_exits_threshold_comes_back_as_it_was(threshold: float | None) -> None:
+    data = encode(Frame({"x": np.ones(1)}, "b", "..1", "r", exit=threshold))
+    assert (b"exit" in data) == (threshold is not None)
+    outlines: list[Any] = []
+    assert decode(data, max_bytes=BOUND, accept=outlines.append).exit == threshold == outlines[0].exit
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), float("inf"), -1e31])
+def test_no_frame_with_a_threshold_beyond_the_bound_is_sent(threshold: float) -> None:
+    with pytest.raises(FrameMalformed) as e:
+        encode(Frame({}, exit=threshold))
+    assert e.value.facts["rule"] == "exit"
+
+
 HALF = tensor(length=2, dtype="float16")
 BAD = {
     "empty": (b"", "magic"),
@@ -130,6 +145,14 @@ BAD = {
     "bundle no text": (pack(header(bundle=1)), "bundle"),
     "segment too long": (pack(header(segment="s" * 513)), "segment"),
     "request a surrogate": (pack(header(request="\ud800")), "header"),
+    "exit no number": (pack(header(exit="0.5")), "exit"),
+    "exit true": (pack(header(exit=True)), "exit"),
+    "exit too large": (pack(header(exit=1e31)), "exit"),
+    "exit too small": (pack(header(exit=-1e31)), "exit"),
+    "exit beyond a float": (pack(b'{"tensors":[],"bundle":"","segment":"","request":"","exit":1e999}'), "exit"),
+    "exit NaN": (pack(b'{"tensors":[],"bundle":"","segment":"","request":"","exit":NaN}'), "header"),
+    "exit twice": (pack(b'{"tensors":[],"bundle":"","segment":"","request":"","exit":1.0,"exit":2.0}'), "header"),
+    "exit of a step": (pack(header(exit=0.5, step={"session": "s", "position": 0})), "exit"),
     "tensor no object": (pack(header(1)), "tensor"),
     "tensor key missing": (pack(header({"name": "x"})), "tensor"),
     "tensor key unknown": (pack(header(tensor(level=3)), b"\1"), "tensor"),
@@ -282,7 +305,7 @@ def test_round_trip(tensors: dict[str, np.ndarray[Any, Any]]) -> None:
 @given(st.binary(max_size=300), st.integers(0, 400), st.integers(0, 400))
 @settings(max_examples=300, deadline=None)
 def test_any_splice_of_bytes_is_refused_or_is_a_frame(junk: bytes, start: int, stop: int) -> None:
-    data = encode(Frame({"x": np.arange(5, dtype="int16"), "y": np.zeros((2, 0))}, "b", "..1", "r"))
+    data = encode(Frame({"x": np.arange(5, dtype="int16"), "y": np.zeros((2, 0))}, "b", "..1", "r", exit=0.5))
     mutated = data[:start] + junk + data[stop:]
     with contextlib.suppress(FrameError):
         assert encode(decode(mutated, max_bytes=BOUND)) is not None
@@ -296,6 +319,7 @@ def test_100_000_mutated_frames_raise_nothing_but_frame_errors() -> None:
         ),
         encode(Frame({"s": np.array(3, "int64"), "e": np.zeros((0, 4), "float16")})),
         encode(Frame({f"t{i}": np.full(i, i, "uint8") for i in range(6)})),
+        encode(Frame({"x": np.ones(2, "float32")}, "b", "..1", exit=0.75)),
     ]
     refused = 0
     for _ in range(FUZZ_ROUNDS):

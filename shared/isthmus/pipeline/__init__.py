@@ -18,6 +18,7 @@ A route from a cut takes all tensors at hand and uses the inputs of its segments
 from isthmus.http.tls import TlsTrust
 from isthmus.pipeline.closer_looks import LookPolicy, LooksTaken
 from isthmus.pipeline.execution import Interruption, Result, SegmentRun, encode_tensors, execute, execute_resumably
+from isthmus.pipeline.exits import ExitBranch, ExitOutcome, exit_branch
 from isthmus.pipeline.hop import (
     Hop,
     HopReply,
@@ -35,6 +36,8 @@ from isthmus.security.protected_call import CallProtection
 
 __all__ = [
     "CallProtection",
+    "ExitBranch",
+    "ExitOutcome",
     "Hop",
     "HopReply",
     "HttpHop",
@@ -54,6 +57,7 @@ __all__ = [
     "encode_tensors",
     "execute",
     "execute_resumably",
+    "exit_branch",
     "hops_by_url",
     "local_route",
     "photo_input",

@@ -22,6 +22,7 @@ from isthmus.codecs import EncodedTensor, Encoding, encode_tensor
 from isthmus.context import Context, Deadline
 from isthmus.errors import HopRejected, HopTimeout, HopUnavailable, ShapeMismatch
 from isthmus.pipeline.closer_looks import LookPolicy, LooksTaken, take_looks
+from isthmus.pipeline.exits import ExitBranch, ExitOutcome, exit_outcome, expected_outputs
 from isthmus.pipeline.hop import Hop
 from isthmus.pipeline.route import Route
 from isthmus.wire.frame import DTYPES, Frame, Step
@@ -92,6 +93,13 @@ class Result:
     """Segments of the route; runs after as many are of closer looks."""
     preprocess_s: float | None = None
     """Seconds in which the caller made the inputs of a photo; None where they came as tensors."""
+    exit: ExitOutcome | None = None
+    """What the request met at the route's exit; None where the route has none."""
+
+    @property
+    def is_early(self) -> bool:
+        """Whether the exit gave the prediction, and no segment behind it ran."""
+        return self.exit is not None and self.exit.is_taken
 
     @property
     def link_bytes(self) -> int:
@@ -109,16 +117,20 @@ class Result:
         facts = {"segments": ",".join(run.segment for run in self.runs), **self.sizes()}
         taken = {"isthmus.route": self.route, "isthmus.degraded": self.degraded}
         taken = {name: value for name, value in taken.items() if value}
-        return {**facts, **({"codecs": ",".join(codecs)} if codecs else {}), **self.looks(), **self.notes, **taken}
+        return {**facts, **({"codecs": ",".join(codecs)} if codecs else {}), **self.gates(), **self.notes, **taken}
 
     def sizes(self) -> dict[str, int]:
         """Bytes over the link as responses state them. Source: docs/reference/api.md, "Bytes over the link"."""
         return {"link_bytes": self.link_bytes, "link_raw_bytes": self.link_raw_bytes}
 
-    def looks(self) -> dict[str, str | int]:
-        """Closer looks as responses state them; empty without any."""
-        looks = self.closer_looks
-        return {"looks": looks.count, "looks_ended": looks.outcome} if looks is not None else {}
+    def gates(self) -> dict[str, str | int | float]:
+        """The exit and the closer looks as responses state them; empty without any."""
+        facts: dict[str, str | int | float] = {}
+        if self.exit is not None:
+            facts |= self.exit.facts()
+        if (looks := self.closer_looks) is not None:
+            facts |= {"looks": looks.count, "looks_ended": looks.outcome}
+        return facts
 
 
 @dataclass(frozen=True)
@@ -129,6 +141,15 @@ class Interruption:
     rest: Route
     tensors: Mapping[str, Array]
     runs: tuple[SegmentRun, ...]
+    exit: ExitOutcome | None = None
+    """The early prediction that was not sure, for a caller that prefers it to an error."""
+
+    def unsure(self) -> Result | None:
+        """The early prediction as a result; None where the route has no exit."""
+        if (outcome := self.exit) is None:
+            return None
+        outputs = {outcome.output: outcome.scores}
+        return Result(outputs, self.runs, {**self.tensors, **outputs}, exit=outcome, segments=len(self.runs))
 
 
 def execute(
@@ -140,7 +161,7 @@ def execute(
     step: Step | None = None,
     before_call: BeforeCall | None = None,
 ) -> Result:
-    """Run every segment of `route` on its hop, then the route's closer looks.
+    """Run every segment of `route` on its hop, up to its exit where that is sure, then the route's closer looks.
 
     Shapes: as the bundle declares them. A route from the model's start takes exactly its inputs; a route from a cut
     takes the inputs of its segments, and ignores further tensors. `encoded` are inputs that the caller has encoded
@@ -183,9 +204,18 @@ def execute_resumably(
         if not (done := len(execution.runs)):
             raise
         rest = route.after(done)
-        return Interruption(e, rest, {s.name: execution.tensors[s.name] for s in rest.inputs}, tuple(execution.runs))
-    looks = execution.look_closer(route.looks) if route.looks is not None else None
-    return Result(execution.outputs(), tuple(execution.runs), execution.tensors, looks, segments=len(route.segments))
+        tensors = {s.name: execution.tensors[s.name] for s in rest.inputs}
+        return Interruption(e, rest, tensors, tuple(execution.runs), execution.exit)
+    is_early = execution.exit is not None and execution.exit.is_taken
+    looks = execution.look_closer(route.looks) if route.looks is not None and not is_early else None
+    return Result(
+        execution.outputs(),
+        tuple(execution.runs),
+        execution.tensors,
+        looks,
+        segments=len(route.segments),
+        exit=execution.exit,
+    )
 
 
 def encode_tensors(
@@ -210,15 +240,19 @@ class _Execution:
     step: Step | None = None
     before_call: BeforeCall | None = None
     runs: list[SegmentRun] = field(default_factory=list)
+    exit: ExitOutcome | None = None
 
     def outputs(self) -> dict[str, Array]:
         names = (*(spec.name for spec in self.route.bundle.outputs), *SAMPLED)
         return {name: self.tensors[name] for name in names if name in self.tensors}
 
     def run(self, start: int = 0, encoded: Mapping[str, EncodedTensor] = _NO_TENSORS) -> None:
-        """Run the segments from index `start` on; `encoded` belong to the first of them."""
+        """Run the segments from index `start` on, up to the exit; `encoded` belong to the first of them."""
         for index in range(start, len(self.route.segments)):
             self.runs.append(self._call(index, encoded if index == start else _NO_TENSORS))
+            if self.exit is not None and self.exit.is_taken:
+                self.tensors[self.exit.output] = self.exit.scores
+                return
 
     def _call(self, index: int, encoded: Mapping[str, EncodedTensor]) -> SegmentRun:
         route, segment, hop = self.route, self.route.segments[index], self.route.hops[index]
@@ -234,14 +268,19 @@ class _Execution:
         # The hop's time begins after encoding: plans price the two apart.
         called = time.perf_counter()
         step = self._step_at(index)
-        frame = Frame(arrays, route.digest, segment.id, self.context.call_id, encoded, step=step)
+        branch = None if index else route.exit
+        threshold = None if branch is None else branch.gate.threshold
+        frame = Frame(arrays, route.digest, segment.id, self.context.call_id, encoded, step=step, exit=threshold)
         context = self.context
         if index and self.wait_s is not None:
             context = replace(context, deadline=Deadline.after(min(self.wait_s, context.deadline.remaining())))
         if self.before_call is not None:
             self.before_call(index, frame)
         reply = hop.call(frame, context)
-        self.tensors.update(_checked(reply.frame, frame, self._outputs_at(index), hop))
+        tensors = _checked(reply.frame, frame, self._outputs_at(index, reply.frame), hop)
+        if branch is not None:
+            self.exit = _outcome(branch, tensors, hop)
+        self.tensors.update(tensors)
         return SegmentRun(
             segment.id,
             hop.name,
@@ -263,11 +302,14 @@ class _Execution:
             return self.step
         return structs.replace(self.step, sampling=None)
 
-    def _outputs_at(self, index: int) -> tuple[TensorSpec, ...]:
+    def _outputs_at(self, index: int, reply: Frame) -> tuple[TensorSpec, ...]:
         is_last, step = index == len(self.route.segments) - 1, self.step
         if is_last and step is not None and step.sampling is not None:
             return sampled_outputs(step.sampling)
-        return self.route.bundle.carried(self.route.segments[index].outputs)
+        outputs = self.route.bundle.carried(self.route.segments[index].outputs)
+        if index or self.route.exit is None:
+            return outputs
+        return expected_outputs(self.route.exit, outputs, reply.tensors)
 
     def look_closer(self, policy: LookPolicy) -> LooksTaken | None:
         """Take closer looks from the first segment whose inputs can be sent finer; None without such a segment."""
@@ -277,7 +319,9 @@ class _Execution:
             return None
 
         def repeat(quality: float, deadline: Deadline) -> float:
-            finer = _Execution(self.route.finer(quality), replace(self.context, deadline=deadline), dict(self.tensors))
+            finer = _Execution(
+                self.route.full().finer(quality), replace(self.context, deadline=deadline), dict(self.tensors)
+            )
             finer.run(first)
             # Only now, since a look that fails half-way must not leave outputs of two transmissions.
             self.tensors.update(finer.tensors)
@@ -331,6 +375,14 @@ def _checked(reply: Frame, request: Frame, outputs: tuple[TensorSpec, ...], hop:
             **e.facts,
         ) from e
     return reply.tensors
+
+
+def _outcome(branch: ExitBranch, tensors: Mapping[str, Array], hop: Hop) -> ExitOutcome:
+    """The outcome at an exit, by the reply of the first segment's hop, which ran the branch too."""
+    try:
+        return exit_outcome(branch, tensors, is_alone=len(tensors) == len(branch.segment.outputs))
+    except ValueError as e:
+        raise HopRejected(f"{hop.name} answered with {e}", hop=hop.name, status=200) from e
 
 
 def _hint(reply: Frame, outputs: tuple[TensorSpec, ...]) -> str:

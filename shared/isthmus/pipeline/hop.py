@@ -177,6 +177,17 @@ class StepRunner(SegmentRunner, Protocol):
 
 
 @runtime_checkable
+class ExitRunner(SegmentRunner, Protocol):
+    """Also runs the exit behind a segment in the same call."""
+
+    def run_to_exit(
+        self, bundle: str, segment: str, arrays: Mapping[str, Array], threshold: float, deadline: Deadline
+    ) -> TimedOutputs:
+        """See `SegmentStore.run_to_exit`."""
+        ...
+
+
+@runtime_checkable
 class SegmentLoader(Protocol):
     """A hop or a runner that loads segments ahead of requests."""
 
@@ -217,13 +228,20 @@ class LocalHop:
     def call(self, frame: Frame, context: Context) -> HopReply:
         """See `Hop.call`; the segment's own errors pass unchanged."""
         if frame.step is None:
-            ran = self._runner.run(frame.bundle, frame.segment, frame.tensors, context.deadline)
+            ran = self._run(frame, context.deadline)
         elif isinstance(self._runner, StepRunner):
             ran = self._step(self._runner, frame, frame.step, context)
         else:
             raise HopRejected("this process keeps no sessions", hop=self.name)
         served = ServedTimes(ran.load_s + ran.wait_s + ran.run_s, ran.wait_s, ran.load_s)
         return HopReply(Frame(ran.outputs, frame.bundle, frame.segment, frame.request), ran.run_s, served=served)
+
+    def _run(self, frame: Frame, deadline: Deadline) -> TimedOutputs:
+        if (threshold := frame.exit) is None:
+            return self._runner.run(frame.bundle, frame.segment, frame.tensors, deadline)
+        if not isinstance(self._runner, ExitRunner):
+            raise HopRejected("this process runs no exits", hop=self.name)
+        return self._runner.run_to_exit(frame.bundle, frame.segment, frame.tensors, threshold, deadline)
 
     def load(self, bundle: str, segment: str, deadline: Deadline) -> bool:
         """See `SegmentLoader.load`."""

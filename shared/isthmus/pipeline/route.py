@@ -10,12 +10,13 @@ from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.choice import PHOTO_ID
 from isthmus.artifacts.fidelity import TOP1, Measure
 from isthmus.artifacts.plan import Candidate
-from isthmus.artifacts.segment_id import WHOLE
+from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.codecs import Encoding, Tables, find_codec
 from isthmus.errors import PlanMalformed
 from isthmus.pipeline.agreement import margin
 from isthmus.pipeline.closer_looks import LookPolicy
+from isthmus.pipeline.exits import ExitBranch, exit_branch
 from isthmus.pipeline.hop import Hop
 
 
@@ -32,6 +33,8 @@ class Route:
     looks: LookPolicy | None = None
     near: str = ""
     """Name of the hop beside the router; frames to other hops go over the link."""
+    exit: ExitBranch | None = None
+    """The exit behind the first segment, where requests end whose early prediction is sure."""
 
     @cached_property
     def starts_at_cut(self) -> bool:
@@ -65,11 +68,22 @@ class Route:
     def between(self, start: int, stop: int) -> Route:
         """The part of the route from its segment `start` to before its segment `stop`."""
         part = slice(start, stop)
-        return replace(self, segments=self.segments[part], hops=self.hops[part], encodings=self.encodings[part])
+        left = None if start else self.exit
+        return replace(
+            self, segments=self.segments[part], hops=self.hops[part], encodings=self.encodings[part], exit=left
+        )
 
     def raw(self) -> Route:
         """The same route without codecs, and so without closer looks."""
         return replace(self, encodings=(), looks=None)
+
+    def full(self) -> Route:
+        """The same route without its exit: every request runs the whole model."""
+        return self if self.exit is None else replace(self, exit=None)
+
+    def with_exit(self) -> Route:
+        """The same route with the exit of its first cut, where the bundle has one there."""
+        return replace(self, exit=exit_branch(self.bundle, self.segments[0].id.stop))
 
     def finer(self, quality: float) -> Route:
         """The same route with at least that quality."""
@@ -121,8 +135,8 @@ def planned_route(
     `digest` is the digest of `bundle` for the functions; `variant` gives the bundle of a digest.
 
     Raises:
-        Missing: a cut, a segment or the variant does not exist.
-        PlanMalformed: closer looks at a tensor that is no output.
+        Missing: a cut, a segment or a variant does not exist.
+        PlanMalformed: closer looks at a tensor that is no output, or an exit that the bundle does not have.
         FrameMalformed, RegistryError: a codec's table cannot be had.
     """
     near = near_hop(hops)
@@ -139,14 +153,28 @@ def planned_route(
     if candidate.kind == "cloud":
         return Route(digest, bundle, (bundle.segment(WHOLE),), (hops[-1],), (encodings,), near=near)
     segments = bundle.partition(candidate.cuts)
+    if candidate.head:
+        segments = (bundle.segment(SegmentId("", candidate.cuts[0], candidate.head)), *segments[1:])
     used = (hops[0], *(hops[-1] for _ in segments[1:]))
     each = ({}, *(encodings for _ in segments[1:]))
-    return Route(digest, bundle, segments, used, each, _look_policy(candidate, bundle), near)
+    return Route(
+        digest, bundle, segments, used, each, _look_policy(candidate, bundle), near, _planned_exit(candidate, bundle)
+    )
 
 
 def near_hop(hops: Sequence[Hop]) -> str:
     """The name of the hop before the link: the first of several. A single hop is behind the link, or local."""
     return hops[0].name if len(hops) > 1 else ""
+
+
+def _planned_exit(candidate: Candidate, bundle: Bundle) -> ExitBranch | None:
+    if candidate.exit is None:
+        return None
+    if (branch := exit_branch(bundle, candidate.cuts[0])) is None:
+        raise PlanMalformed(
+            f"{candidate.name} has an exit at {candidate.cuts[0]}, where {bundle.name} has none", where="exit"
+        )
+    return branch
 
 
 def _look_policy(candidate: Candidate, bundle: Bundle) -> LookPolicy | None:

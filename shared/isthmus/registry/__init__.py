@@ -6,6 +6,7 @@ from isthmus.registry.addresses import Address, parse_address
 from isthmus.registry.blobs import BlobStore, RemoteStore
 from isthmus.registry.cache import SegmentCache
 from isthmus.registry.folder import FolderStore
+from isthmus.registry.lookups import Lookups
 from isthmus.registry.opening import NO_KEYRING, demanded_trust, keyring_file, open_blob_store, open_registry
 from isthmus.registry.registry import Registry, Resolved, Version
 from isthmus.registry.retry_policy import RetryPolicy
@@ -20,6 +21,7 @@ __all__ = [
     "BlobStore",
     "FolderStore",
     "Located",
+    "Lookups",
     "Registry",
     "RemoteStore",
     "Resolved",

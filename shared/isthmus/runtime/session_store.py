@@ -21,7 +21,7 @@ from isthmus.runtime.sessions import Session, Sessions, kind_of
 from isthmus.runtime.step_queue import QueuedStep
 from isthmus.runtime.store import SegmentStore, TimedOutputs
 from isthmus.settings import SegmentSettings
-from isthmus.wire.frame import Step
+from isthmus.wire.frame import Frame, Step
 
 # Of one run: a longer step runs in pieces, between which other sessions' steps run, and whose outputs, the scores of
 # the whole vocabulary, take no more memory.
@@ -51,9 +51,27 @@ class SessionStore:
         )
         store.closing.callback(self.sessions.close)
 
+    def run_frame(self, frame: Frame, deadline: Deadline) -> TimedOutputs:
+        """Run the segment that a frame names, as a step of a session, to an exit, or by itself.
+
+        Raises:
+            As `step`, `SegmentStore.run_to_exit` or `SegmentStore.run`.
+        """
+        if frame.step is not None:
+            return self.step(frame.bundle, frame.segment, frame.tensors, frame.step, deadline)
+        if frame.exit is not None:
+            return self.run_to_exit(frame.bundle, frame.segment, frame.tensors, frame.exit, deadline)
+        return self.run(frame.bundle, frame.segment, frame.tensors, deadline)
+
     def run(self, bundle: str, segment: str, arrays: Mapping[str, Array], deadline: Deadline) -> TimedOutputs:
         """See `SegmentStore.run`."""
         return self.store.run(bundle, segment, arrays, deadline)
+
+    def run_to_exit(
+        self, bundle: str, segment: str, arrays: Mapping[str, Array], threshold: float, deadline: Deadline
+    ) -> TimedOutputs:
+        """See `SegmentStore.run_to_exit`."""
+        return self.store.run_to_exit(bundle, segment, arrays, threshold, deadline)
 
     def step(
         self, bundle: str, segment: str, arrays: Mapping[str, Array], step: Step, deadline: Deadline

@@ -52,7 +52,7 @@ def photo_document(
             **result.sizes(),
             **sizes,
             "segments": list(segments),
-            **result.looks(),
+            **result.gates(),
             **result.notes,
         },
         "timings_ms": {name: round(seconds * 1000, 3) for name, seconds, _ in request.timings.stages},

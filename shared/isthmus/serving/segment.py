@@ -94,10 +94,7 @@ class _SegmentApp(FunctionApp):
         # Steps of one token and chunks of a prompt are different work: the adaptive limit compares like with like.
         describe_work(f"{frame.bundle} {frame.segment} {frame.step_tokens.bit_length() or ''}".rstrip())
         with self._other_bundles(frame.bundle):
-            if (step := frame.step) is None:
-                ran = self._store.run(frame.bundle, frame.segment, frame.tensors, request.context.deadline)
-            else:
-                ran = self._sessions.step(frame.bundle, frame.segment, frame.tensors, step, request.context.deadline)
+            ran = self._sessions.run_frame(frame, request.context.deadline)
         request.timings.add("load", ran.load_s)
         request.timings.add("wait", ran.wait_s)
         request.timings.add("run", ran.run_s, f"batch-of-{ran.batch}" if ran.batch > 1 else "")
@@ -160,7 +157,7 @@ class _SegmentApp(FunctionApp):
         The outputs of a step are reserved until the response.
 
         Raises:
-            RequestMalformed: the frame names no bundle's digest.
+            RequestMalformed: the frame names no bundle's digest, or an exit of a segment that has none.
             BundleMismatch: the function holds other bundles, and cannot have this one.
             Missing, RegistryError, NotReady: as `SegmentStore.segment`.
             ShapeMismatch: a tensor is missing, unknown, or of another dtype or shape.
@@ -169,6 +166,8 @@ class _SegmentApp(FunctionApp):
             raise RequestMalformed(f"the frame names bundle {outline.bundle!r}; a bundle is a manifest's sha256 digest")
         with self._other_bundles(outline.bundle):
             segment = self._store.segment(outline.bundle, outline.segment, request.context.deadline)
+            if outline.exit is not None:
+                self._store.exit_branch(outline.bundle, outline.segment, request.context.deadline)
         if outline.step is None:
             check_types(segment.inputs, outline.tensors)
         else:

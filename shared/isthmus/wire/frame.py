@@ -7,6 +7,7 @@ Source: docs/reference/frame.md.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -37,6 +38,8 @@ MAX_HEADER_BYTES = 2**20
 MAX_TENSORS = 1024
 MAX_RANK = 32
 MAX_TEXT_BYTES = 512
+# Bound on the magnitude of an exit's threshold, that of `artifacts.gate`: far beyond any confidence, and finite.
+MAX_EXIT = 1e30
 
 # By numpy's number of the dtype: the attribute `name` takes as long as the rest of a header.
 _NAMES = {dtype.num: name for name, dtype in DTYPES.items()}
@@ -79,6 +82,9 @@ class Frame(NamedTuple):
     """In a decoded frame, the codec of each tensor that did not travel raw."""
     step: Step | None = None
     """Of a session's frames to segments with state."""
+    exit: float | None = None
+    """The least confidence of an exit behind the segment: the function that gets the frame runs the exit's branch too,
+    and answers without boundary tensors where the early prediction is sure."""
 
     @property
     def step_tokens(self) -> int:
@@ -102,6 +108,7 @@ class Outline(NamedTuple):
     decoded_bytes: int
     working_bytes: int
     step: Step | None = None
+    exit: float | None = None
 
 
 Accept: TypeAlias = Callable[[Outline], None]
@@ -127,6 +134,7 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     segment: str
     request: str
     step: Step | None = None
+    exit: Annotated[float, msgspec.Meta(ge=-MAX_EXIT, le=MAX_EXIT)] | None = None
 
 
 _HEADER = msgspec.json.Decoder(_Header)
@@ -186,9 +194,11 @@ def encode_parts(frame: Frame) -> list[bytes | memoryview]:
         parts.append(payload)
         end = offset + len(payload)
     header = _Header(
-        entries, frame.bundle, str(frame.segment), frame.request, frame.step
+        entries, frame.bundle, str(frame.segment), frame.request, frame.step, frame.exit
     )  # a SegmentId becomes plain text
     _check_texts(header)
+    if frame.exit is not None:
+        _check_exit(header)
     text = msgspec.json.encode(header)
     size = len(text) + -(_PREAMBLE_BYTES + len(text)) % ALIGNMENT
     _check_header_size(size)
@@ -236,7 +246,9 @@ def decode(
                 for entry, payload in payloads
             }
     codecs = {entry.name: entry.codec for entry in encoded}
-    return Frame(tensors, header.bundle, header.segment, header.request, codecs=codecs, step=header.step)
+    return Frame(
+        tensors, header.bundle, header.segment, header.request, codecs=codecs, step=header.step, exit=header.exit
+    )
 
 
 def _payloads_to_send(frame: Frame) -> Iterator[tuple[str, str, tuple[int, ...], str, bytes | memoryview]]:
@@ -286,6 +298,8 @@ def _parse(text: bytes, max_bytes: int) -> _Header:
         raise FrameMalformed(f"the header breaks the rule {rule!r}: {e}", rule=rule, hint=_HINT) from e
     _check_count(len(header.tensors))
     _check_texts(header)
+    if header.exit is not None:
+        _check_exit(header)
     return header
 
 
@@ -316,7 +330,7 @@ def _outline(header: _Header, max_bytes: int) -> Outline:
             _malformed("offset", f"{name!r} starts at byte {entry.offset} of the body; its place is {_aligned(end)}")
         end = entry.offset + entry.length
         types[name] = TensorType(entry.dtype, shape)
-    return Outline(header.bundle, header.segment, types, decoded, working, header.step)
+    return Outline(header.bundle, header.segment, types, decoded, working, header.step, header.exit)
 
 
 def _payloads(entries: list[_TensorEntry], body: memoryview) -> list[memoryview]:
@@ -366,6 +380,14 @@ def _check_entry(name: str, dtype: str, codec: str, rank: int) -> None:
 def _check_texts(header: _Header) -> None:
     for key in ("bundle", "segment", "request"):
         _check_text(key, getattr(header, key))
+
+
+def _check_exit(header: _Header) -> None:
+    # NaN is within no bound, and a segment function would take it for a threshold that nothing reaches.
+    if header.exit is None or not math.fabs(header.exit) <= MAX_EXIT:
+        _malformed("exit", f"the exit's threshold is a number of at most {MAX_EXIT:g}")
+    if header.step is not None:
+        _malformed("exit", "a step of a session has no exit")
 
 
 def _check_text(key: str, value: str, min_bytes: int = 0) -> None:

@@ -1,0 +1,84 @@
+"""Early exits: a route ends behind its first segment where the exit's prediction is sure.
+
+The function of the head runs the exit's branch in the same call, so that a request that ends there sends nothing over
+the link. Source: docs/explanation/routing.md, "Early exits".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from isthmus.arrays import Array
+from isthmus.artifacts.bundle import Bundle, Segment
+from isthmus.artifacts.gate import EXIT_CONFIDENCE, EXIT_SCORES, Gate
+from isthmus.artifacts.tensors import TensorSpec
+from isthmus.runtime.early_exit import is_sure
+
+
+@dataclass(frozen=True)
+class ExitBranch:
+    """The exit of a route behind its first segment: its branch, and when the early prediction stands."""
+
+    segment: Segment
+    gate: Gate
+
+    @property
+    def cut(self) -> str:
+        """The name of its cut."""
+        return self.segment.id.start
+
+
+@dataclass(frozen=True)
+class ExitOutcome:
+    """What a request met at its route's exit.
+
+    `confidence` is that of its least sure row, `is_taken` whether the early prediction is the result. `scores` stand
+    for the model's output `output`.
+    """
+
+    cut: str
+    confidence: float
+    threshold: float
+    is_taken: bool
+    output: str
+    scores: Array
+
+    def facts(self) -> dict[str, str | float]:
+        """The exit as responses state it: its confidence, and its cut where it gave the prediction."""
+        # JSON has no NaN, which is the confidence of inputs that are no numbers.
+        confidence = self.confidence if np.isfinite(self.confidence) else 0.0
+        taken: dict[str, str | float] = {"exit": self.cut} if self.is_taken else {}
+        return {**taken, "exit_confidence": round(confidence, 6)}
+
+
+def exit_branch(bundle: Bundle, cut: str) -> ExitBranch | None:
+    """The exit at a cut; None without a classifier's, or where the model has outputs that no exit gives."""
+    found = next((each for each in bundle.exits if each.cut == cut), None)
+    if found is None or found.gate is None or [spec.name for spec in bundle.outputs] != [found.gate.output]:
+        return None
+    return ExitBranch(found.segment, found.gate)
+
+
+def exit_outcome(branch: ExitBranch, tensors: Mapping[str, Array], is_alone: bool) -> ExitOutcome:
+    """The outcome by the tensors of the branch; `is_alone` says that the function sent no boundary tensors.
+
+    Raises:
+        ValueError: the function sent none, and the early prediction is not sure.
+    """
+    confidence, threshold = tensors[EXIT_CONFIDENCE], branch.gate.threshold
+    is_taken = is_sure(confidence, threshold)
+    if is_alone and not is_taken:
+        raise ValueError("an exit that is not sure, and no boundary tensors")
+    least = float(np.min(confidence)) if confidence.size else float("nan")
+    return ExitOutcome(branch.cut, least, threshold, is_taken, branch.gate.output, tensors[EXIT_SCORES])
+
+
+def expected_outputs(
+    branch: ExitBranch, outputs: tuple[TensorSpec, ...], tensors: Mapping[str, Array]
+) -> tuple[TensorSpec, ...]:
+    """The tensors that a head with this exit may answer with: the branch's alone, or beside the head's own."""
+    own = branch.segment.outputs
+    return own if tensors.keys() == {spec.name for spec in own} else (*outputs, *own)

@@ -237,7 +237,7 @@ def parse_configuration(text: str, environment: dict[str, str], name: str = "tri
     """
     try:
         configuration = msgspec.toml.decode(
-            _filled(text, environment, name), type=TriggerConfiguration, dec_hook=_decode_unit
+            fill_variables(text, environment, name), type=TriggerConfiguration, dec_hook=decode_unit
         )
     except msgspec.DecodeError as e:  # of the syntax, or of a field, with its path
         raise ConfigurationMalformed(f"{name}: {e}", where=name, hint="see docs/reference/trigger.md") from e
@@ -245,7 +245,7 @@ def parse_configuration(text: str, environment: dict[str, str], name: str = "tri
     return configuration
 
 
-def _filled(text: str, environment: dict[str, str], name: str) -> str:
+def fill_variables(text: str, environment: dict[str, str], name: str) -> str:
     def value(match: re.Match[str]) -> str:
         found = environment.get(match[1]) or match[2]
         if found is None:
@@ -342,7 +342,7 @@ def _are_urls(text: str, schemes: tuple[str, ...]) -> bool:
         return False
 
 
-def _decode_unit(kind: type[Any], text: Any) -> Any:
+def decode_unit(kind: type[Any], text: Any) -> Any:
     """A `Seconds` or `Bytes` from its text; msgspec turns the ValueError into its own, with the field's path."""
     if not isinstance(text, str):
         raise ValueError('it is a text with a unit, such as "30s" or "256MiB"')

@@ -1,0 +1,1 @@
+"""Training: data from files and brokers to a network, its evaluation, and a graph to publish."""

@@ -1,0 +1,27 @@
+"""Training on scikit-learn's digits with a tiny network: the data, and a run in a process of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from isthmus_tools.learning.training.config import FitTable
+from isthmus_tools.learning.training.samples import PreparedData, Samples, Statistics
+
+
+def digits(train: int = 512, validation: int = 128, test: int = 128) -> PreparedData:
+    """Rows of pixels, 0 to 16, in parts; a test without scikit-learn is skipped."""
+    loaded = pytest.importorskip("sklearn.datasets").load_digits()
+    pixels, labels = loaded.data.astype(np.float32), loaded.target.astype(np.int64)
+    parts, start = {}, 0
+    for name, count in (("train", train), ("validation", validation), ("test", test)):
+        rows = slice(start, start + count)
+        parts[name] = Samples(pixels[rows], labels[rows], tuple(f"digit-{i}" for i in range(start, start + count)))
+        start += count
+    deviation = parts["train"].inputs.std(0)
+    scale = np.where(deviation > 0, 1 / np.maximum(deviation, 1e-6), 0).astype(np.float32)
+    statistics = Statistics(parts["train"].inputs.mean(0), scale)
+    return PreparedData(parts, tuple("0123456789"), statistics, "features")
+
+
+FAST = FitTable(epochs=4, batch=32, rate=1e-2, patience=0)

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from isthmus.artifacts.bundle import Blob, subject_digest
 from isthmus.artifacts.conditions import Conditions
-from isthmus.artifacts.plan import Plan, from_json, read_plan, to_json
+from isthmus.artifacts.plan import Plan, PlannedExit, from_json, read_plan, to_json
 from isthmus.errors import PlanMalformed, PlanMismatch
 from isthmus_tools.planner.publishing import publish_plan
 from support.bundles import publish_photos
@@ -37,6 +37,16 @@ def test_a_plan_survives_its_document() -> None:
 def test_every_plan_keeps_to_the_schema() -> None:
     for plan in (full_plan(), replace(full_plan(), conditions=Conditions(), chosen="cloud-photo")):
         jsonschema.validate(document(plan), SCHEMA)
+
+
+def test_plans_without_exits_and_variants_have_the_keys_of_plans_before_these() -> None:
+    assert not [c for c in document(full_plan())["candidates"] if c.keys() & {"exit", "head"}]
+    early = replace(full_plan().choice, name="early", exit=PlannedExit(0.75, 400))
+    small = replace(full_plan().choice, name="small", head="int8")
+    doc = document(replace(full_plan(), candidates=(early, small), chosen="early"))
+    jsonschema.validate(doc, SCHEMA)
+    assert [c.keys() & {"exit", "head"} for c in doc["candidates"]] == [{"exit"}, {"head"}]
+    assert from_json(json.dumps(doc).encode()).candidates == (early, small)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +72,12 @@ def test_every_plan_keeps_to_the_schema() -> None:
         (lambda d: d["candidates"][0]["predicted"].update(up=-0.1), "up"),
         (lambda d: d["candidates"][0]["predicted"].update(up=True), "up"),
         (lambda d: d["candidates"][0]["measured"].update(runs=0.5), "runs"),
+        (lambda d: d["candidates"][1].update(exit={"share": 0.5, "inputs": 9}), "exit"),
+        (lambda d: d["candidates"][0].update(exit={"share": 1.5, "inputs": 9}), "share"),
+        (lambda d: d["candidates"][0].update(exit={"share": 0.5, "inputs": 9}, head="int8"), "another head"),
+        (lambda d: d["candidates"][0].update(head="../.."), "variant"),
+        (lambda d: d["candidates"][1].update(head="int8"), "at the edge"),
+        (lambda d: d["candidates"][2].update(head="int8"), "at the edge"),
         (lambda d: d["conditions"].update(uplink_bps=0), "uplink_bps"),
         (lambda d: d["constraints"].update(private_depth=-1), "private_depth"),
         (lambda d: d["why"].append("x" * 5000), "why"),

@@ -1,4 +1,4 @@
-"""A plan after a calibration that learned new tables: renewed at its quality, at a finer one, or not at all."""
+"""A plan after a calibration that learned new tables, or after a new exit: renewed, or not at all."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from msgspec import structs
 from isthmus.artifacts.bundle import Blob, digest_of, subject_digest
 from isthmus.artifacts.conditions import Constraints
 from isthmus.artifacts.fidelity import Fidelity
-from isthmus.artifacts.plan import Coding, Measured, Plan
-from isthmus_tools.planner.publishing import renew
+from isthmus.artifacts.plan import Coding, Error, Measured, Plan, PlannedExit, Sources, Terms
+from isthmus_tools.planner.publishing import carry_over, renew, renew_exit
 from support.bundles import Published, publish_photos
+from support.edge_extras import GATE, with_exit, with_variants
 from support.fidelities import entry, fidelity
 from support.plans import candidate, plan_for
 
@@ -84,3 +85,70 @@ def test_a_plan_without_a_successor_is_not_renewed(photos: Published, why: str, 
     else:
         plan = plan_for(photos.bundle, candidate("s", "split", cuts=("3",), codecs={"r3": Coding("int8/1")}))
     assert renew(plan, photos.bundle, after, None, later) is None
+
+
+TERMS = Terms(0.001, 0.01, 0.002, 0.0002, 0.02, 0.02, 0.004, 0.0002, 0.004, 0.002, Sources("measured", "measured"))
+
+
+def early(published: Published, **changes: Any) -> Plan:
+    """A plan of a split at 6 with its exit, of which three in four requests go no further."""
+    error = Error(0.1, 400, GATE.bound + 0.005, calibrated=True)
+    facts: dict[str, Any] = {"cuts": ("6",), "predicted": TERMS, "up_bytes": 100, "error": error, "measured": MEASURED}
+    return plan_for(
+        published.bundle, candidate(**{"name": "s", "kind": "split", "exit": PlannedExit(0.75, 400)} | facts | changes)
+    )
+
+
+def test_an_exit_fitted_anew_renews_the_plan_by_its_own_share(photos: Published, tmp_path: Path) -> None:
+    before = with_exit(photos, tmp_path)
+    after = with_exit(photos, tmp_path, structs.replace(GATE, exiting=200, bound=0.01), seed=1)
+    plan = early(before)
+    assert carry_over(plan, before.bundle, before.bundle, None) == plan
+    assert carry_over(plan, before.bundle, after.bundle, None) is None
+    renewed = renew_exit(plan, before.bundle, after.bundle)
+    assert renewed is not None
+    assert renewed.subject == subject_digest(after.bundle)
+    choice = renewed.choice
+    assert choice.exit == PlannedExit(0.5, 400)
+    # Twice as many requests travel.
+    assert choice.up_bytes == 200
+    assert (choice.predicted.rtt, choice.predicted.cloud_run) == (2 * TERMS.rtt, 2 * TERMS.cloud_run)
+    assert choice.predicted.edge_run == TERMS.edge_run
+    assert choice.error.disagreement == pytest.approx(0.015)
+    assert choice.measured is None
+    assert "50.0% of 400 held-out inputs exit; unmeasured" in renewed.why[-1]
+
+
+def test_a_plan_whose_exit_is_gone_or_breaks_a_bound_has_no_successor(photos: Published, tmp_path: Path) -> None:
+    before, worse = with_exit(photos, tmp_path), with_exit(photos, tmp_path, structs.replace(GATE, bound=0.05), seed=2)
+    plan = early(before)
+    assert carry_over(plan, before.bundle, photos.bundle, None) is None
+    assert renew_exit(plan, before.bundle, photos.bundle) is None
+    assert renew_exit(plan, before.bundle, worse.bundle) is not None
+    bounded = structs.replace(plan, constraints=Constraints(max_disagreement=0.03))
+    assert renew_exit(bounded, before.bundle, worse.bundle) is None
+    # A new exit leaves a split without one as it was.
+    split = plan_for(before.bundle, candidate("s", "split", cuts=("6",)))
+    assert carry_over(split, before.bundle, worse.bundle, None) is not None
+
+
+def test_tables_learned_anew_renew_an_exit_with_its_bound_beside_the_codecs(photos: Published, tmp_path: Path) -> None:
+    before = with_exit(photos, tmp_path)
+    plan = early(before, codecs={"p6": Coding("transform/4", 0.5)}, name="split-6-transform-50-exit")
+    later = structs.replace(
+        fidelity(subject_digest(before.bundle)),
+        entries=tuple(structs.replace(entry("transform/4", q, 500, agreement=0.995), cut="6") for q in (0.6,)),
+    )
+    renewed = renew(plan, before.bundle, before.bundle, None, later)
+    assert renewed is not None
+    assert renewed.chosen == "split-6-transform-60-exit"
+    assert renewed.choice.error.disagreement == pytest.approx(0.005 + GATE.bound)
+    assert renewed.choice.exit == plan.choice.exit
+
+
+def test_a_plan_of_a_compressed_head_stays_with_that_head_alone(photos: Published, tmp_path: Path) -> None:
+    before, other = with_variants(photos, tmp_path), with_variants(photos, tmp_path, "other")
+    for small in (candidate("s", "split", cuts=("6",), head="small"), candidate("e", head="small")):
+        plan = plan_for(before.bundle, small)
+        assert carry_over(plan, before.bundle, before.bundle, None) is not None
+        assert carry_over(plan, before.bundle, other.bundle, None) is None

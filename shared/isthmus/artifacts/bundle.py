@@ -238,6 +238,10 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
         """The branch of a cut, if it has one."""
         return next((each.segment for each in self.exits if each.cut == cut), None)
 
+    def variants_of(self, segment_id: SegmentId) -> tuple[SegmentVariant, ...]:
+        """The variants of a segment."""
+        return tuple(each for each in self.variants if each.segment.id.plain == segment_id)
+
     def cut_names(self, text: str) -> tuple[str, ...]:
         """The names of the cuts in `text`, in order: each by name, position or tensors (docs/explanation/cuts.md).
 

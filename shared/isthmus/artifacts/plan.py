@@ -19,7 +19,7 @@ from isthmus.artifacts.bundle import Blob, Bundle, ModelName, subject_digest
 from isthmus.artifacts.choice import GRADED, MAX_LOOKS, MAX_MARGIN, Choice, CodecId, Look, Margin, successor
 from isthmus.artifacts.conditions import Conditions, Constraints, Objective
 from isthmus.artifacts.constraints import Amount, Count, Digest, Share, Text, one_of
-from isthmus.artifacts.cuts import CutName
+from isthmus.artifacts.cuts import CutName, is_cut_name
 from isthmus.artifacts.json_documents import DocumentKind, builtins, canonical
 from isthmus.errors import PlanMalformed, PlanMismatch
 
@@ -170,12 +170,15 @@ class CloserLooks(Struct, frozen=True, forbid_unknown_fields=True):
 class PlannedExit(Struct, frozen=True, forbid_unknown_fields=True):
     """The exit behind a candidate's head: requests that are clear there end at the edge.
 
-    `share` is the share of `inputs` inputs that exited; sizes and times of what lies behind the exit are weighted by
-    the rest.
+    `share` is the share of `inputs` inputs that exited: with `examples` the planner's examples, else the held-out
+    inputs of the exit's gate. Sizes and times behind the exit are weighted by the rest. `error` is the mean relative
+    error of the exit's scores as the model's output, over the examples.
     """
 
     share: Share
     inputs: Count
+    examples: bool = False
+    error: Amount = 0.0
 
 
 class GenerationLoad(Struct, frozen=True, forbid_unknown_fields=True):
@@ -220,8 +223,9 @@ class Candidate(Struct, frozen=True, forbid_unknown_fields=True):
     of `photo/1` is below 1, as a JPEG of that quality, in percent, of the part that the model takes. `variant` is the
     digest of a substitute bundle. `up_bytes` and `down_bytes` are whole frames on the link. A candidate with a reason
     in `refused` cannot be chosen. Of a language model a request is an answer, `generation` has its costs by step, and
-    the measurement's parts are `first_token` and `per_token`. `exit` is the exit at the first cut, `head` the variant
-    of the head (see `bundle.SegmentVariant`). Units: bytes, seconds, joules, prices in the plan's currency.
+    the measurement's parts are `first_token` and `per_token`. `exit` is the exit at the first cut, `head` the name of
+    the variant (see `bundle.SegmentVariant`) that runs at the edge in place of the head or the whole model. Units:
+    bytes, seconds, joules, prices in the plan's currency.
     """
 
     name: Text
@@ -250,7 +254,8 @@ class Candidate(Struct, frozen=True, forbid_unknown_fields=True):
         """Mean number of calls to the cloud per request."""
         if self.generation is not None:
             return self.generation.prompt_calls + self.generation.token_calls
-        return 1 + (self.looks.extra_calls if self.looks is not None else 0.0)
+        first = 1 - self.exit.share if self.exit is not None else 1.0
+        return first + (self.looks.extra_calls if self.looks is not None else 0.0)
 
     @property
     def seconds(self) -> float:
@@ -397,10 +402,23 @@ def _check(plan: Plan) -> None:
             raise ValueError(f"{where} of kind {candidate.kind} with cuts {list(candidate.cuts)}")
         if (candidate.generation is None) != (plan.generation is None):
             raise ValueError(f"{where} with costs by token in a plan without generation, or without them in one with")
-        if (candidate.exit is not None or candidate.head) and not candidate.cuts:
-            raise ValueError(f"{where} with an exit or a variant of the head, and no cut")
+        _check_exit_and_head(where, candidate)
         if candidate.looks is not None:
             _check_looks(f"{where} with closer_looks", candidate, candidate.looks)
+
+
+def _check_exit_and_head(where: str, candidate: Candidate) -> None:
+    if candidate.exit is not None and not candidate.cuts:
+        raise ValueError(f"{where} with an exit, and no cut")
+    if not candidate.head:
+        return
+    if not is_cut_name(candidate.head):
+        raise ValueError(f"{where} with {candidate.head[:80]!r}, which can name no variant")
+    if candidate.kind == "cloud" or candidate.variant is not None:
+        raise ValueError(f"{where} with the head {candidate.head!r}, and no such segment at the edge")
+    # The gate was measured on the head as it was extracted.
+    if candidate.exit is not None:
+        raise ValueError(f"{where} with the head {candidate.head!r} and an exit, whose bound is another head's")
 
 
 def _check_looks(where: str, candidate: Candidate, looks: CloserLooks) -> None:

@@ -7,15 +7,17 @@ the link. Source: docs/explanation/routing.md, "Early exits".
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from msgspec import structs
 
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.gate import EXIT_CONFIDENCE, EXIT_SCORES, Gate
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.runtime.early_exit import is_sure
+from isthmus.wire.frame import MAX_EXIT
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class ExitBranch:
     def cut(self) -> str:
         """The name of its cut."""
         return self.segment.id.start
+
+    def forced(self, *, taken: bool) -> ExitBranch:
+        """The same exit with a threshold that every confidence meets, or none: for measurements of each way."""
+        return replace(self, gate=structs.replace(self.gate, threshold=-MAX_EXIT if taken else MAX_EXIT))
 
 
 @dataclass(frozen=True)

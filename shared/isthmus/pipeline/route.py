@@ -144,7 +144,7 @@ def planned_route(
         other = variant(candidate.variant)
         return Route(candidate.variant, other, (other.segment(WHOLE),), (hops[0],), near=near)
     if candidate.kind == "edge":
-        return Route(digest, bundle, (bundle.segment(WHOLE),), (hops[0],), near=near)
+        return Route(digest, bundle, (bundle.segment(SegmentId(variant=candidate.head)),), (hops[0],), near=near)
     encodings = {
         name: Encoding(c.codec, c.quality, tables(digest, name, c.codec) if find_codec(c.codec).calibrated else None)
         for name, c in candidate.codecs.items()

@@ -190,7 +190,7 @@ def show_publication(publication: Publication, registry: str) -> None:
     if publication.alias:
         say(_alias_line(publication))
     if publication.plan:
-        kept = "the plan was renewed for the new tables" if publication.renewed else "the plan stays in force"
+        kept = "the plan was renewed" if publication.renewed else "the plan stays in force"
         say(f"{kept}: {publication.plan}; to choose anew: isthmus plan {name} …")
     if publication.redacts:
         say(f"{name} redacts as the version before: {publication.redacts}; isthmus redact {version.name} changes it")

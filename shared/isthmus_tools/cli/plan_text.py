@@ -79,7 +79,9 @@ def show(plan: Plan, *, refusals: int = SHOWN) -> None:
     has_prices = any(c.price is not None for c in plan.candidates)
     joules = any(c.energy_j is not None for c in plan.candidates)
     memory = plan.constraints.edge_memory_bytes is not None
+    exits = any(c.exit is not None for c in shown)
     columns = ["candidate", "measured, ms", "runs", "predicted", "apart", "up", "error"] + ["edge memory"] * memory
+    columns += ["exit"] * exits
     # A price file need not name a currency.
     columns += [f"price, {plan.currency}".rstrip(", ")] * has_prices + ["energy, J"] * joules
     # Without measurements the predictions are compared.
@@ -89,6 +91,7 @@ def show(plan: Plan, *, refusals: int = SHOWN) -> None:
         row = [_name(plan, candidate), *_seen(candidate), f"{candidate.predicted.total * 1e3:.1f}", _apart(candidate)]
         row += [format_size(candidate.up_bytes), _error(candidate)]
         row += [format_size(candidate.edge_memory_bytes)] * memory
+        row += [f"{candidate.exit.share:.0%}" if candidate.exit is not None else ""] * exits
         row += [f"{candidate.price:.3g}" if candidate.price is not None else ""] * has_prices
         row += [f"{candidate.energy_j:.3g}" if candidate.energy_j is not None else ""] * joules
         rows.append(row)
@@ -179,6 +182,8 @@ def _show_terms(plan: Plan, rivals: Sequence[str]) -> None:
             rows.append([term.replace("_", " "), *(f"{s * 1e3:.2f}" if s else "" for s in seconds)])
     rows.append(["predicted", *(f"{c.predicted.total * 1e3:.2f}" for c in columns)])
     rows.append(["measured", *("" if c.measured is None else f"{c.measured.median * 1e3:.2f}" for c in columns)])
+    if any(c.exit is not None for c in columns):
+        rows.append(["exit, %", *("" if c.exit is None else f"{100 * c.exit.share:.1f}" for c in columns)])
     rows.append(["edge run is", *(c.predicted.sources.edge for c in columns)])
     rows.append(["cloud run is", *(c.predicted.sources.cloud for c in columns)])
     names = [c.name for c in columns]

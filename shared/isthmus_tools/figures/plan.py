@@ -237,11 +237,12 @@ def _seconds(candidate: Candidate, rate: float, rtt_s: float) -> float:
 
 
 def hues_of(candidates: Iterable[Candidate]) -> dict[str, str]:
-    """A colour for each candidate, of its kind's family; splits at the same cut have the same colour."""
+    """A colour for each candidate, of its kind's family; splits with the same head and exit have the same colour."""
     hues: dict[str, str] = {}
     groups: dict[str, dict[str, str]] = {}
     for each in candidates:
         family, group = FAMILIES[each.kind], "/".join(each.cuts) or each.name
+        group += f"~{each.head}" + " exit" * (each.exit is not None)
         colours = groups.setdefault(each.kind, {})
         hues[each.name] = colours.setdefault(group, family[len(colours) % len(family)])
     return hues

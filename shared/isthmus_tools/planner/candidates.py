@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from isthmus.artifacts.conditions import Conditions
 from isthmus.artifacts.plan import Candidate, Terms
 from isthmus.artifacts.profile import CodecSpeed, Profile, content_of
 from isthmus.artifacts.segment_id import WHOLE, SegmentId, partition_ids
-from isthmus.errors import PlanMismatch
+from isthmus.errors import ModelError, PlanMismatch, RunFailed
 from isthmus.registry import Registry, Resolved
 from isthmus_tools.planner.costs import NO_RUN, Prices, RunTime, Workload, run_seconds, terms, with_prices
 from isthmus_tools.planner.evaluation import Evaluation
@@ -32,7 +33,10 @@ EDGE, CLOUD = "edge", "cloud"
 
 @dataclass(frozen=True)
 class Option:
-    """One way to serve the model, before evaluation; `choice` encodes the tensors sent to the cloud."""
+    """One way to serve the model, before evaluation; `choice` encodes the tensors sent to the cloud.
+
+    `variant` is another bundle at the edge; `head` names the variant of the bundle's own segment there.
+    """
 
     name: str
     kind: str
@@ -40,6 +44,7 @@ class Option:
     choice: Choice = RAW
     photo: bool = False
     variant: bool = False
+    head: str = ""
 
 
 class PlannedBundle:
@@ -95,6 +100,14 @@ class CandidateSet(PlannedBundle):
             self.options.append(option)
             self.evaluations[option.name] = evaluation
 
+    @contextlib.contextmanager
+    def or_note(self, name: str) -> Iterator[None]:
+        """A note in place of options that cannot be built, loaded or run: a model without these still has a plan."""
+        try:
+            yield
+        except (ModelError, RunFailed) as e:
+            self.notes.append(f"{name} was left out: {e.message}")
+
     def predict(self, conditions: Conditions, prices: Prices | None = None) -> tuple[Candidate, ...]:
         """Every candidate with predicted costs under `conditions`."""
         hops = (self.profiles[EDGE].hop, self.profiles[CLOUD].hop)
@@ -113,7 +126,8 @@ class CandidateSet(PlannedBundle):
 
     @cached_property
     def _workloads(self) -> list[tuple[Candidate, Workload]]:
-        return [(self._candidate(o), self._workload(o, self.evaluations[o.name])) for o in self.options]
+        candidates = ((option, self._candidate(option)) for option in self.options)
+        return [(c, self._workload(o, self.evaluations[o.name], c.calls)) for o, c in candidates]
 
     def _candidate(self, option: Option) -> Candidate:
         evaluation = self.evaluations[option.name]
@@ -133,12 +147,14 @@ class CandidateSet(PlannedBundle):
             cloud_memory_bytes=cloud_bytes,
             looks=evaluation.looks,
             refused=evaluation.refused,
+            exit=evaluation.exit,
+            head=option.head,
         )
 
-    def _workload(self, option: Option, evaluation: Evaluation) -> Workload:
+    def _workload(self, option: Option, evaluation: Evaluation, calls: float) -> Workload:
         edge, cloud = NO_RUN, NO_RUN
-        if option.variant:
-            # No profile times the variant, so its run here is scaled as the whole model's.
+        if option.kind == "edge" and (option.variant or option.head):
+            # No profile times a variant, so its run here is scaled as the whole model's.
             edge = RunTime(evaluation.run_s * self.slowdown[EDGE], "scaled")
         elif option.kind == "edge":
             edge = self._run_time(EDGE, WHOLE)
@@ -147,6 +163,9 @@ class CandidateSet(PlannedBundle):
         else:
             head, tail = partition_ids(option.cuts)
             edge, cloud = self._run_time(EDGE, head), self._run_time(CLOUD, tail)
+            if option.head:
+                edge = RunTime(edge.seconds * evaluation.head_ratio, "scaled")
+            edge = RunTime(edge.seconds + evaluation.branch_s * self.slowdown[EDGE], edge.source)
         return Workload(
             near=evaluation.near,
             far=evaluation.far,
@@ -155,7 +174,7 @@ class CandidateSet(PlannedBundle):
             preprocess_s=evaluation.preprocess_s * self.slowdown[EDGE],
             encode_s=evaluation.encode_s * self._codec_slowdown(EDGE, option).pack_s,
             decode_s=evaluation.decode_s * self._codec_slowdown(CLOUD, option).unpack_s,
-            extra_calls=evaluation.looks.extra_calls if evaluation.looks is not None else 0.0,
+            calls=calls,
         )
 
     def _codec_slowdown(self, tier: str, option: Option) -> CodecSpeed:
@@ -183,17 +202,25 @@ class CandidateSet(PlannedBundle):
             MemoryModel(self.model, self.bundle, self.profiles[t], self.same_graph[t]) for t in (EDGE, CLOUD)
         )
         if option.variant and self.variant is not None:
-            return edge.variant(self.variant.bundle.weights.blob.size), 0
+            return edge.variant(self.variant.bundle.weights.blob.size, self._nodes(WHOLE)), 0
 
         def size(memory: MemoryModel, segment: SegmentId) -> int:
             return memory.segment(self.bundle.segment(segment), self._nodes(segment))
 
+        def edge_size(segment: SegmentId) -> int:
+            if not option.head:
+                return size(edge, segment)
+            variant = self.bundle.segment(SegmentId(segment.start, segment.stop, option.head))
+            return edge.variant(variant.graph.size, self._nodes(segment))
+
         if option.kind == "edge":
-            return size(edge, WHOLE), 0
+            return edge_size(WHOLE), 0
         if option.kind == "cloud":
             return 0, size(cloud, WHOLE)
         head, tail = partition_ids(option.cuts)
-        return size(edge, head), size(cloud, tail)
+        # The weights of an exit's branch are in its graph, and its input is there already.
+        branch = self.bundle.exit_at(option.cuts[0]) if self.evaluations[option.name].exit is not None else None
+        return edge_size(head) + (branch.graph.size if branch is not None else 0), size(cloud, tail)
 
 
 def check_profile(profile: Profile, bundle: Bundle) -> None:

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 import isthmus
 from isthmus.artifacts.conditions import MAX_ERROR, Conditions, Constraints, Objective
-from isthmus.artifacts.plan import Candidate, Measured, Plan, ProfileUsed, Terms
+from isthmus.artifacts.plan import Candidate, Measured, Plan, PlannedExit, ProfileUsed, Terms
 from isthmus.artifacts.profile import Profile
 from isthmus.errors import ConstraintMalformed, Infeasible
 from isthmus.units import format_duration, format_size
@@ -83,9 +83,13 @@ def violations(candidate: Candidate, constraints: Constraints) -> list[Violation
     # Calibration has approved its codecs by agreement, so MAX_ERROR is for errors of a few trial inputs only.
     default = math.inf if error.calibrated else MAX_ERROR
     max_error = constraints.max_error if constraints.max_error is not None else default
-    if error.relative > max_error:
-        message = f"its error is {error.relative:.2g}, of {max_error:g}"
-        broken.append(Violation("max-error", max_error, error.relative, message))
+    relative = error.relative
+    if candidate.exit is not None and constraints.max_error is not None:
+        # An exit's scores are from another function: by default its bound on predictions counts.
+        relative = max(relative, candidate.exit.error)
+    if relative > max_error:
+        message = f"its error is {relative:.2g}, of {max_error:g}"
+        broken.append(Violation("max-error", max_error, relative, message))
     share = constraints.max_disagreement
     if share is None and candidate.generation is not None and not error.calibrated:
         # Of a language model tokens are compared, and no outputs.
@@ -274,6 +278,8 @@ def _caveats(candidate_set: CandidateSet, candidates: Sequence[Candidate], best:
             f"every cut lets {least:.0f} bytes or more cross, and the input has {whole:.0f}: splitting"
             " sends more than not splitting"
         )
+    if best.exit is not None:
+        caveats.append(_exit_sentence(best, best.exit))
     if best.measured is None:
         caveats.append("predicted only: no candidate was run over the link, so nothing here is measured of it")
     if candidate_set.input_kind == "random":
@@ -285,6 +291,12 @@ def _caveats(candidate_set: CandidateSet, candidates: Sequence[Candidate], best:
             text = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in profile.shapes.items())
             caveats.append(f"the profile of tier {tier} is of other shapes than these inputs: {text}")
     return caveats
+
+
+def _exit_sentence(best: Candidate, planned: PlannedExit) -> str:
+    """The share of requests that end at the edge, with its inputs."""
+    inputs = f"{planned.inputs} {'examples' if planned.examples else 'held-out inputs'}"
+    return f"{planned.share:.1%} of {inputs} exit at {best.cuts[0]}: bytes and times behind count for the rest alone"
 
 
 def _input_bytes(candidate_set: CandidateSet) -> float:

@@ -55,7 +55,8 @@ NO_RUN = RunTime(0.0, "")
 class Workload:
     """Calls, runs and codecs of a candidate independent of the link, in bytes and seconds of the candidate's tiers.
 
-    `extra_calls` are the calls of closer looks, on average; bytes and codecs include these, run times do not.
+    `calls` is the mean number of calls over the link: below 1 behind an exit, above with closer looks. Bytes and codecs
+    are means as well; the cloud's run time is that of a call.
     """
 
     near: CallBytes | None = None
@@ -65,7 +66,7 @@ class Workload:
     preprocess_s: float = 0.0
     encode_s: float = 0.0
     decode_s: float = 0.0
-    extra_calls: float = 0.0
+    calls: float = 1.0
 
 
 def run_seconds(
@@ -82,7 +83,7 @@ def run_seconds(
 def terms(workload: Workload, near: HopCost | None, far: HopCost | None, conditions: Conditions) -> Terms:
     """The seconds of a request under `conditions`, with hop costs as the profiles measured them."""
     up = down = rtt = 0.0
-    calls = 1 + workload.extra_calls
+    calls = workload.calls
     if workload.far is not None:
         up = (workload.far.sent + calls * HEADERS_UP) * conditions.up_byte_s
         down = (workload.far.received + calls * HEADERS_DOWN) * conditions.down_byte_s

@@ -237,20 +237,21 @@ def edge_fits(model: Model, bundle: Bundle, edge: Profile, max_bytes: int | None
 
 
 def named_cuts(
-    model: Model, bundle: Bundle, cuts: Sequence[CutInfo], calibrated: Iterable[str], private_depth: int
+    model: Model, bundle: Bundle, cuts: Sequence[CutInfo], prepared: Iterable[str], private_depth: int
 ) -> tuple[list[str], list[str | CutInfo]]:
     """The names of the candidates' cuts, and the cuts for which the bundle lacks a head or a tail.
 
-    Calibrated cuts within the private depth come first. A cut of the bundle keeps its name there.
+    Prepared cuts (calibrated, with an exit or a compressed head) within the private depth come first. A cut of the
+    bundle keeps its name there.
     """
     published = {upstream_of(model, cut): name for name, cut in bundle.cuts.items()}
     private = frozenset(i for i in range(private_depth) if model.dynamic[i])
     inputs = {s.name for s in bundle.inputs} if private_depth else set()
-    calibrated = set(calibrated)
+    prepared = set(prepared)
     names = [
         n
         for upstream, n in published.items()
-        if n in calibrated and private <= upstream and not inputs & {t.name for t in bundle.cuts[n].tensors}
+        if n in prepared and private <= upstream and not inputs & {t.name for t in bundle.cuts[n].tensors}
     ]
     added: dict[str, CutInfo] = {}
     for cut in cuts:

@@ -17,12 +17,18 @@ from isthmus.registry import Registry, SegmentCache
 from isthmus_tools.budget import UNLIMITED, Budget
 from isthmus_tools.graph import add_cuts, open_model
 from isthmus_tools.planner.candidates import CLOUD, EDGE, CandidateSet, check_profile, same_graph
-from isthmus_tools.planner.cut_search import CutSearch, edge_fits, measure_encoded_sizes, min_boundary_bytes, named_cuts
+from isthmus_tools.planner.cut_search import (
+    CutSearch,
+    edge_fits,
+    measure_encoded_sizes,
+    min_boundary_bytes,
+    named_cuts,
+)
 from isthmus_tools.planner.evaluation import Evaluator
 from isthmus_tools.planner.inputs import TrialInput
 from isthmus_tools.planner.offered import offered_codecs
 from isthmus_tools.planner.segment_pool import SegmentPool, codec_tables, weights_beside_graphs
-from isthmus_tools.planner.trials import Trials
+from isthmus_tools.planner.trials import Trials, prepared_cuts
 from isthmus_tools.progress import Progress, silent
 
 # A cut takes two more sessions, and a run of the tail for each codec and input.
@@ -89,7 +95,7 @@ def enumerate_candidates(
         )
         progress("searching cuts")
         cuts = search.prefixes() if all_prefixes else search.cuts(links, choices, max_cuts, objective)
-        names, missing = named_cuts(model, base, cuts, fidelity.cuts() if fidelity else (), private_depth)
+        names, missing = named_cuts(model, base, cuts, prepared_cuts(base, fidelity), private_depth)
         threads = min(profiles[EDGE].device.threads, _MAX_THREADS)
         notes: list[str] = []
         with weights_beside_graphs(folder, whole.path):
@@ -119,7 +125,8 @@ def enumerate_candidates(
                 evaluator = Evaluator(bundle, resolved.digest, pool, inputs, codec_tables(registry))
                 trials = Trials(candidates, evaluator, fidelity, progress, budget, jpeg_photos)
                 trials.whole_model()
+                trials.variants.whole()
                 trials.splits(names)
         if int8:
-            trials.int8(registry, cache, whole.path, folder, threads)
+            trials.variants.int8(registry, cache, whole.path, folder, threads)
         yield candidates

@@ -9,12 +9,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.choice import PHOTO_ID, RAW_ID, TRANSFORM_ID, Choice
 from isthmus.artifacts.fidelity import Measure, measure_for
-from isthmus.artifacts.plan import CloserLooks, Coding, Error
+from isthmus.artifacts.plan import CloserLooks, Coding, Error, PlannedExit
 from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.codecs import EncodedTensor, Encoding, Tables, encodings
 from isthmus.context import Context
@@ -36,13 +37,23 @@ _MIN_CODEC_S, _MAX_CODEC_S, _MAX_TRIES = 0.005, 0.1, 10
 _MAX_ERROR = 1e9
 
 
+class TransferCosts(NamedTuple):
+    """Medians over the inputs of one transmission behind the head: bytes of both frames, codec seconds."""
+
+    sent: int
+    received: int
+    encode_s: float
+    decode_s: float
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """An option on the trial inputs: medians of bytes and of seconds in this process, and the prediction error.
 
-    `codecs` are those of tensors not sent raw; `run_s` is the run of the whole model at the edge. With closer looks,
-    bytes and codec seconds are those of the first transmission plus the shares of each later transmission. `refused`
-    says why the option may not serve.
+    `codecs` are for tensors not sent raw; `run_s` is the run of a variant or of the whole model at the edge. Bytes and
+    codec seconds are sums of `transfers`: the first, behind an exit by the share that goes on, and each closer look by
+    its share. `branch_s` is the run of the exit's branch, `head_ratio` the run of a variant of the head over the head's
+    own. `refused` says why the option may not serve.
     """
 
     near: CallBytes | None = None
@@ -55,6 +66,34 @@ class Evaluation:
     run_s: float = 0.0
     looks: CloserLooks | None = None
     refused: str = ""
+    transfers: tuple[TransferCosts, ...] = ()
+    exit: PlannedExit | None = None
+    branch_s: float = 0.0
+    head_ratio: float = 1.0
+
+    def weighted(self, shares: Sequence[float]) -> Evaluation:
+        """Bytes and codec seconds with each transmission taken by its share of the requests."""
+        each = list(zip(shares, self.transfers, strict=True))
+        return replace(
+            self,
+            far=CallBytes(round(sum(s * t.sent for s, t in each)), round(sum(s * t.received for s, t in each))),
+            encode_s=sum(s * t.encode_s for s, t in each),
+            decode_s=sum(s * t.decode_s for s, t in each),
+        )
+
+
+class BranchRuns(NamedTuple):
+    """An exit's branch on the trial inputs: run time here, tensors, and the uncut model's predictions.
+
+    `sure` are the bytes of a call to head and branch for a request that ends there, `unsure` for a request that goes
+    on.
+    """
+
+    run_s: float
+    answers: Sequence[Mapping[str, Array]]
+    expected: Sequence[Mapping[str, Array]]
+    sure: CallBytes
+    unsure: CallBytes
 
 
 class Evaluator:
@@ -75,8 +114,8 @@ class Evaluator:
         self._hop = LoopbackHop(LocalHop(self._replay), tables)
         self._measure: Measure = measure_for(bundle)
         self._whole = bundle.segment(WHOLE)
-        self.whole_s, self._expected = self._timed_runs(digest, bundle, pool)
-        self._cut = ""
+        self.whole_s, self._expected = self._timed_runs(digest, bundle, pool, self._whole)
+        self._head = SegmentId()
         self._at_cut: list[Mapping[str, Array]] = []
         self._near: CallBytes | None = None
 
@@ -90,7 +129,15 @@ class Evaluator:
         Raises:
             RunFailed: the variant cannot be loaded, or does not run.
         """
-        return self._edge(*self._timed_runs(digest, bundle, pool))
+        return self._edge(*self._timed_runs(digest, bundle, pool, bundle.segment(WHOLE)))
+
+    def whole_variant(self, segment: Segment) -> Evaluation:
+        """A variant of the whole model on the first hop.
+
+        Raises:
+            RunFailed: the variant cannot be loaded, or does not run.
+        """
+        return self._edge(*self._timed_runs(self._digest, self._bundle, self._pool, segment))
 
     def photo(self, target: PhotoInput) -> Evaluation:
         """The photo's file sent to the whole model on the last hop, which decodes and pre-processes it.
@@ -120,9 +167,15 @@ class Evaluator:
         evaluation = self._send(self._whole, [i.arrays for i in self._inputs], choice)
         return None if evaluation is None else replace(evaluation, preprocess_s=self._preprocess_s)
 
-    def split(self, cut: str, choice: Choice) -> Evaluation | None:
-        """The head on the first hop, the tail on the last; None where the choice encodes no boundary tensor."""
-        self._run_head(cut)
+    def split(self, cut: str, choice: Choice, head: str = "") -> Evaluation | None:
+        """The head on the first hop, or its variant `head`, the tail on the last.
+
+        None where the choice encodes no boundary tensor.
+
+        Raises:
+            RunFailed: the variant cannot be loaded, or does not run.
+        """
+        self._run_head(cut, head)
         evaluation = self._send(self._bundle.segment(SegmentId(cut)), self._at_cut, choice)
         return None if evaluation is None else replace(evaluation, near=self._near, preprocess_s=self._preprocess_s)
 
@@ -142,11 +195,47 @@ class Evaluator:
         evaluation = _transmission(rows, how, (1.0, *looks.shares))
         return replace(evaluation, near=self._near, preprocess_s=self._preprocess_s, error=error, looks=looks)
 
-    def _timed_runs(self, digest: str, bundle: Bundle, pool: SegmentPool) -> tuple[float, list[Result]]:
-        """The median over the inputs of the least run time, after a warm-up, and a result for each input."""
-        route = local_route(digest, bundle, [bundle.segment(WHOLE)], LoopbackHop(LocalHop(pool)))
-        execute(route, self._inputs[0].arrays, _context())
-        rows = [[execute(route, i.arrays, _context()) for _ in range(_WHOLE_RUNS)] for i in self._inputs]
+    def head_ratio(self, cut: str, head: str) -> float:
+        """Run time of the head's variant over that of the head itself, in this process.
+
+        Raises:
+            RunFailed: the variant cannot be loaded, or does not run.
+        """
+        segments = (self._bundle.segment(SegmentId(stop=cut, variant=name)) for name in ("", head))
+        own_s, variant_s = (self._timed_runs(self._digest, self._bundle, self._pool, s)[0] for s in segments)
+        return variant_s / own_s if own_s else 1.0
+
+    def branch(self, branch: Segment) -> BranchRuns:
+        """The branch of an exit behind the head of its cut, on the trial inputs.
+
+        Raises:
+            RunFailed: the branch cannot be loaded, or does not run.
+        """
+        self._run_head(branch.id.start)
+        seconds, results = self._timed_runs(self._digest, self._bundle, self._pool, branch, self._at_cut)
+        head, reply = self._near or CallBytes(0, 0), _typical([result.runs[0] for result in results]).received
+        sure, unsure = CallBytes(head.sent, reply), CallBytes(head.sent, head.received + reply)
+        return BranchRuns(seconds, [result.tensors for result in results], self._predictions, sure, unsure)
+
+    @property
+    def _predictions(self) -> list[Mapping[str, Array]]:
+        return [result.outputs for result in self._expected]
+
+    def _timed_runs(
+        self,
+        digest: str,
+        bundle: Bundle,
+        pool: SegmentPool,
+        segment: Segment,
+        inputs: Sequence[Mapping[str, Array]] = (),
+    ) -> tuple[float, list[Result]]:
+        """The median over `inputs` of the least run time, after a warm-up, and a result for each; by default the
+        trial inputs.
+        """
+        route = local_route(digest, bundle, [segment], LoopbackHop(LocalHop(pool)))
+        arrays = inputs or [i.arrays for i in self._inputs]
+        execute(route, arrays[0], _context())
+        rows = [[execute(route, each, _context()) for _ in range(_WHOLE_RUNS)] for each in arrays]
         return statistics.median(min(r.runs[0].run_s for r in row) for row in rows), [row[0] for row in rows]
 
     def _edge(self, run_s: float, results: Sequence[Result]) -> Evaluation:
@@ -154,16 +243,16 @@ class Evaluator:
         error = self._error([[result] for result in results])
         return Evaluation(near=near, preprocess_s=self._preprocess_s, error=error, run_s=run_s)
 
-    def _run_head(self, cut: str) -> None:
-        """Compute the tensors at hand after the head, for each input, unless `cut` is the cut of the call before."""
-        if cut == self._cut:
+    def _run_head(self, cut: str, variant: str = "") -> None:
+        """Compute the tensors at hand after the head, for each input, unless the call before ran the same head."""
+        if (own := SegmentId(stop=cut, variant=variant)) == self._head:
             return
         self._pool.clear()
         self._replay.clear()
-        head = self._bundle.segment(SegmentId(stop=cut))
+        head = self._bundle.segment(own)
         route = local_route(self._digest, self._bundle, [head], LoopbackHop(LocalHop(self._pool)))
         results = [execute(route, i.arrays, _context()) for i in self._inputs]
-        self._cut, self._at_cut = cut, [result.tensors for result in results]
+        self._head, self._at_cut = own, [result.tensors for result in results]
         self._near = _typical([result.runs[0] for result in results])
 
     def _send(self, segment: Segment, tensors: Sequence[Mapping[str, Array]], choice: Choice) -> Evaluation | None:
@@ -235,22 +324,17 @@ def _transmission(
 
     `rows` holds the tries for each input; an input for which nothing could be sent finer has no later transmissions.
     """
-    sent = received = encode_s = decode_s = 0.0
-    for place, share in enumerate(shares):
+    transfers = []
+    for place in range(len(shares)):
         tries = [[result.runs[place] for result in row] for row in rows if place < len(row[0].runs)]
         call = _typical([runs[0] for runs in tries])
-        sent += share * call.sent
-        received += share * call.received
         # Without a codec, the seconds are those of the frame, which the hops' measured costs include.
-        encode_s += share * statistics.median(min(run.encode_s * bool(run.codecs) for run in runs) for runs in tries)
-        decode_s += share * statistics.median(min(run.decode_s * bool(run.codecs) for run in runs) for runs in tries)
-    return Evaluation(
-        far=CallBytes(round(sent), round(received)),
-        encode_s=encode_s,
-        decode_s=decode_s,
-        codecs={
-            name: Coding(codec, how[name].quality if name in how else 1.0)
-            for row in rows
-            for name, codec in row[0].runs[0].codecs.items()
-        },
-    )
+        encode_s = statistics.median(min(run.encode_s * bool(run.codecs) for run in runs) for runs in tries)
+        decode_s = statistics.median(min(run.decode_s * bool(run.codecs) for run in runs) for runs in tries)
+        transfers.append(TransferCosts(call.sent, call.received, encode_s, decode_s))
+    codecs = {
+        name: Coding(codec, how[name].quality if name in how else 1.0)
+        for row in rows
+        for name, codec in row[0].runs[0].codecs.items()
+    }
+    return Evaluation(codecs=codecs, transfers=tuple(transfers)).weighted(shares)

@@ -19,7 +19,17 @@ from isthmus.artifacts.plan import Candidate
 from isthmus.codecs import Tables
 from isthmus.context import Context
 from isthmus.errors import DeadlineExceeded, HopUnavailable, IsthmusError
-from isthmus.pipeline import CallProtection, HttpHop, Result, TlsTrust, execute, hops_by_url, photo_input, planned_route
+from isthmus.pipeline import (
+    CallProtection,
+    HttpHop,
+    Result,
+    Route,
+    TlsTrust,
+    execute,
+    hops_by_url,
+    photo_input,
+    planned_route,
+)
 from isthmus.processing.image import sample_input
 from isthmus_tools.budget import UNLIMITED, Budget, Pace
 from isthmus_tools.planner.choice import VALUES, violations, without_deadlines
@@ -76,8 +86,10 @@ def contenders(
     unlimited = without_deadlines(constraints)
     admissible = sorted((c for c in candidates if not c.refused and not violations(c, unlimited)), key=value)
     near = [c for c in admissible if value(c) <= _WITHIN * value(admissible[0])][:max_contenders]
-    splits = [c for c in admissible if c.kind == "split"][:_MIN_SPLITS]
-    names = {c.name for c in (*near, *splits)} | set(BASELINES)
+    splits = [c for c in admissible if c.kind == "split" and c.exit is None][:_MIN_SPLITS]
+    # As for splits: the best split with an exit is measured even where predictions are against exits.
+    exits = [c for c in admissible if c.exit is not None][:1]
+    names = {c.name for c in (*near, *splits, *exits)} | set(BASELINES)
     if objective == "throughput" and admissible:
         shares = best_division(admissible).shares
         names |= {c.name for c, share in zip(admissible, shares, strict=True) if share > 0}
@@ -215,7 +227,9 @@ def requester(
     """A function that runs one request of a candidate, from the photo on if any, and returns the seconds of its parts.
 
     Every request takes all closer looks, and each look counts by its share: a few inputs would estimate shares badly. A
-    request without one of its looks is a failure.
+    request without one of its looks is a failure. For the same reason a candidate with an exit sends every input twice,
+    forced to end there and forced to go on, and both requests count by the exit's share: the median of a mix would be
+    the time of the more frequent kind.
     """
     route = planned_route(candidate, digest, bundle, hops, tables, variant)
     if route.looks is not None:
@@ -225,8 +239,7 @@ def requester(
     longest_s = longest_seconds(candidate)
     ordered = _typical_first(inputs)
 
-    def run(n: int) -> Mapping[str, float]:
-        trial_input = ordered[n % len(ordered)]
+    def request(trial_input: TrialInput, route: Route) -> Mapping[str, float]:
         context = Context.from_headers({}, longest_s=longest_s)
         before = edge.work()
         start = time.perf_counter()
@@ -251,6 +264,15 @@ def requester(
             return seconds
         # Of the calls of closer looks, as many as requests take.
         return edge.slowed(seconds, before, preprocess_cpu_s, statistics.mean(_shares(candidate, result)))
+
+    def run(n: int) -> Mapping[str, float]:
+        trial_input = ordered[n % len(ordered)]
+        if route.exit is None or candidate.exit is None:
+            return request(trial_input, route)
+        share = candidate.exit.share
+        ways = (replace(route, exit=route.exit.forced(taken=taken)) for taken in (True, False))
+        early, late = (request(trial_input, way) for way in ways)
+        return {name: share * early[name] + (1 - share) * late[name] for name in late}
 
     return run
 
@@ -295,5 +317,7 @@ def _shares(candidate: Candidate, result: Result) -> list[float]:
     looks = result.closer_looks
     if candidate.looks is not None and looks is not None and looks.count:
         per_look = (len(result.runs) - once) // looks.count
-        shares += [share for share in candidate.looks.shares[: looks.count] for _ in range(per_look)]
+        # Looks are taken by requests that go on past an exit.
+        travels = 1 - candidate.exit.share if candidate.exit is not None and candidate.exit.share < 1 else 1.0
+        shares += [share / travels for share in candidate.looks.shares[: looks.count] for _ in range(per_look)]
     return shares

@@ -78,9 +78,9 @@ class MemoryModel:
             sizes[i] = self._scaled(weights, peak)
         return sizes
 
-    def variant(self, weights_bytes: int) -> int:
-        """Bytes of the whole model with other weights."""
-        return self._scaled(weights_bytes, self._whole_peak)
+    def variant(self, weights_bytes: int, nodes: Collection[int]) -> int:
+        """Bytes of a segment with the nodes `nodes` and other weights."""
+        return self._scaled(weights_bytes, peak_bytes(self.model, nodes))
 
     def _scaled(self, weights: int, live: int) -> int:
         # The runtime's copies of weights (repacked kernels) grow with the weights, its arena with the values.

@@ -33,6 +33,11 @@ def short_name(choice: Choice) -> str:
     return name if qualities == [1.0] else "-".join([name, *(str(round(100 * q)) for q in qualities)])
 
 
+def split_name(cut: str, choice: Choice, *, head: str = "", has_exit: bool = False) -> str:
+    """The name of a split at one cut: `split-65-int8`, `split-65-int8-exit`, `split-65~pruned-int8`."""
+    return f"split-{cut}{'~' * bool(head)}{head}-{short_name(choice)}{'-exit' * has_exit}"
+
+
 def _fewest_bytes(entries: Iterable[Entry]) -> Iterator[Choice]:
     """Of each codec the smallest entry per number of looks, unless fewer looks take as few bytes.
 

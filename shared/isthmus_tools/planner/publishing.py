@@ -9,19 +9,23 @@ from pathlib import Path
 
 from msgspec import structs
 
-from isthmus.artifacts.bundle import Blob, Bundle, Segment, digest_of, subject_digest
+from isthmus.artifacts.bundle import Blob, Bundle, Exit, Segment, digest_of, subject_digest
 from isthmus.artifacts.choice import PHOTO_ID, Choice
 from isthmus.artifacts.fidelity import Entry, Fidelity
 from isthmus.artifacts.plan import Candidate, Error, Plan, to_json
-from isthmus.artifacts.segment_id import WHOLE
+from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.codecs import find_codec
 from isthmus.errors import Missing, PlanMismatch
 from isthmus.pipeline.photos import sends_photos
 from isthmus.registry import Registry, Version
-from isthmus_tools.planner.offered import offered_codecs, short_name
+from isthmus_tools.planner.offered import offered_codecs, split_name
 
 # Reasons of a plan that is renewed again and again; the document's own bound is far above.
 MAX_REASONS = 100
+# Terms of a request that does not exit.
+BEHIND_EXIT = ("pack", "up", "rtt", "down", "unpack", "cloud_run", "cloud_hop")
+# Objectives by prices; a plan holds no prices.
+PRICED = ("cost", "energy")
 
 
 def publish_plan(
@@ -78,20 +82,24 @@ def renew(plan: Plan, before: Bundle, after: Bundle, previous: Fidelity | None, 
         return None
     coding, looks = next(iter(graded)), choice.looks.looks if choice.looks is not None else ()
     entry = _successor(fidelity, choice.cuts[0], Choice(coding.codec, coding.quality, looks))
-    limits = plan.constraints
-    if entry is None or 1 - entry.agreement > (1.0 if limits.max_disagreement is None else limits.max_disagreement):
+    if entry is None:
+        return None
+    limits, lost = plan.constraints, min(1.0, 1 - entry.agreement + _lost_at_edge(choice, after))
+    if lost > (1.0 if limits.max_disagreement is None else limits.max_disagreement):
         return None
     if limits.max_error is not None and entry.error > limits.max_error:
         return None
     earlier = [e for e in (previous.entries if previous is not None else ()) if e.cut == entry.cut]
     grown = next((entry.bytes - e.bytes for e in earlier if e.choice == Choice(coding.codec, coding.quality, looks)), 0)
     same = entry.quality == coding.quality
+    name = split_name(entry.cut, entry.choice, head=choice.head, has_exit=choice.exit is not None)
+    travels = 1 - choice.exit.share if choice.exit is not None else 1.0
     renewed = structs.replace(
         choice,
-        name=choice.name if same else f"split-{entry.cut}-{short_name(entry.choice)}",
+        name=choice.name if same else name,
         codecs={t: structs.replace(c, quality=entry.quality) if c == coding else c for t, c in choice.codecs.items()},
-        up_bytes=max(0, choice.up_bytes + grown),
-        error=Error(entry.error, fidelity.inputs.held_out, 1 - entry.agreement, calibrated=True),
+        up_bytes=max(0, choice.up_bytes + round(travels * grown)),
+        error=Error(entry.error, fidelity.inputs.held_out, lost, calibrated=True),
         measured=choice.measured if same else None,
     )
     others = [c for c in plan.candidates if c.name not in (choice.name, renewed.name)]
@@ -104,6 +112,50 @@ def renew(plan: Plan, before: Bundle, after: Bundle, previous: Fidelity | None, 
         chosen=renewed.name,
         why=(*plan.why, reason)[-MAX_REASONS:],
     )
+
+
+def renew_exit(plan: Plan, before: Bundle, after: Bundle) -> Plan | None:
+    """`plan` for `before` as a plan for `after`, where the chosen candidate's exit was fitted anew.
+
+    Terms behind the exit count by the share of the new gate's held-out inputs that goes on. None where the candidate
+    has no exit, `after` none at that cut, or sums of prices and of closer looks would have to be made again.
+    """
+    choice = plan.choice
+    if choice.exit is None or choice.exit.share >= 1 or choice.looks is not None or plan.objective in PRICED:
+        return None
+    gate = next((each.gate for each in after.exits if each.cut == choice.cuts[0]), None)
+    if gate is None or not _runs_alike(structs.replace(choice, exit=None), before, after):
+        return None
+    factor = (1 - gate.share) / (1 - choice.exit.share)
+    behind = {name: factor * getattr(choice.predicted, name) for name in BEHIND_EXIT}
+    lost = min(1.0, max(0.0, choice.error.disagreement - _lost_at_edge(choice, before)) + gate.bound)
+    limit = plan.constraints.max_disagreement
+    if limit is not None and lost > limit:
+        return None
+    renewed = structs.replace(
+        choice,
+        exit=structs.replace(choice.exit, share=gate.share, inputs=gate.inputs, examples=False),
+        predicted=structs.replace(choice.predicted, **behind),
+        up_bytes=round(factor * choice.up_bytes),
+        down_bytes=round(factor * choice.down_bytes),
+        error=Error(choice.error.relative, gate.inputs, lost, calibrated=choice.error.calibrated),
+        measured=None,
+    )
+    reason = f"renewed after a new exit at {choice.cuts[0]}: {gate.share:.1%} of {gate.inputs} held-out inputs exit"
+    return structs.replace(
+        plan,
+        subject=subject_digest(after),
+        candidates=(renewed, *(c for c in plan.candidates if c.name != choice.name)),
+        why=(*plan.why, f"{reason}; unmeasured")[-MAX_REASONS:],
+    )
+
+
+def _lost_at_edge(candidate: Candidate, bundle: Bundle) -> float:
+    """The share of predictions that the candidate's exit, or its variant of the head, may change."""
+    gates = [each.gate for each in bundle.exits if candidate.exit is not None and each.cut == candidate.cuts[0]]
+    heads = bundle.variants_of(SegmentId(stop="".join(candidate.cuts[:1])))
+    lost = [1 - each.agreement for each in heads if each.segment.id.variant == candidate.head]
+    return sum(gate.bound for gate in gates if gate is not None) + sum(lost)
 
 
 def _successor(fidelity: Fidelity, cut: str, choice: Choice) -> Entry | None:
@@ -129,9 +181,12 @@ def _runs_alike(candidate: Candidate, before: Bundle, after: Bundle) -> bool:
         return False
 
 
-def _segments(candidate: Candidate, bundle: Bundle) -> tuple[Segment, ...]:
-    """The candidate's segments of its bundle; a variant's segments are in a bundle of its own."""
-    return bundle.partition(candidate.cuts) if candidate.kind == "split" else (bundle.segment(WHOLE),)
+def _segments(candidate: Candidate, bundle: Bundle) -> tuple[Segment | Exit, ...]:
+    """The candidate's segments of its bundle and its exit; the segments of `variant` are in a bundle of its own."""
+    segments = bundle.partition(candidate.cuts) if candidate.kind == "split" else (bundle.segment(WHOLE),)
+    exits = [each for each in bundle.exits if candidate.exit is not None and each.cut == candidate.cuts[0]]
+    heads = [bundle.segment(SegmentId("", segments[0].id.stop, candidate.head))] if candidate.head else []
+    return (*segments, *heads, *exits)
 
 
 def _offers(fidelity: Fidelity, candidate: Candidate, choice: Choice) -> bool:

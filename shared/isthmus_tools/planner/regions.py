@@ -146,7 +146,8 @@ def cell_candidates(plan: Plan, regions: RegionMap, cell: RegionCell) -> list[Ca
 
 def planned_slowdown(candidates: Sequence[Candidate]) -> float | None:
     """How many times longer the plan's edge runs the whole model than the cloud; None without either of the two."""
-    edge = next((c.predicted.edge_run for c in candidates if c.kind == "edge" and c.variant is None), 0.0)
+    plain = (c for c in candidates if c.kind == "edge" and c.variant is None and not c.head)
+    edge = next((c.predicted.edge_run for c in plain), 0.0)
     cloud = next((c.predicted.cloud_run for c in candidates if c.kind == "cloud"), 0.0)
     return edge / cloud if edge > 0 and cloud > 0 else None
 

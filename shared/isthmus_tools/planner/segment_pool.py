@@ -49,7 +49,7 @@ class SegmentPool:
             RunFailed, ShapeMismatch: as `Runner.run`.
         """
         if (session := self._sessions.get(segment)) is None:
-            spec = self._bundle.segments[segment]
+            spec = self._bundle.segment(segment)
             # Errors are compared on the provider that every machine has.
             session = self._sessions[segment] = OrtRunner(
                 self._path(spec), spec, providers=("CPUExecutionProvider",), threads=self._threads

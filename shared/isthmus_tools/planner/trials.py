@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from msgspec import structs
 
+from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import Choice
 from isthmus.artifacts.fidelity import Fidelity
 from isthmus.artifacts.plan import CloserLooks, Error
-from isthmus.errors import ModelError, RunFailed
-from isthmus.pipeline import PhotoInput
+from isthmus.artifacts.segment_id import SegmentId
+from isthmus.pipeline import PhotoInput, exit_branch
 from isthmus.processing.image_spec import has_canvas, made_shape
-from isthmus.registry import Registry, SegmentCache
 from isthmus.runtime.codec_speed import compared, speeds
 from isthmus_tools.budget import Budget, Pace
 from isthmus_tools.planner.candidates import CandidateSet, Option
 from isthmus_tools.planner.evaluation import Evaluation, Evaluator
-from isthmus_tools.planner.offered import offered_codecs, short_name
-from isthmus_tools.planner.variant import int8_variant
+from isthmus_tools.planner.exit_trials import ExitTrial, try_exit
+from isthmus_tools.planner.offered import offered_codecs, short_name, split_name
+from isthmus_tools.planner.variant_trials import VariantTrials
 from isthmus_tools.progress import Progress
 
 # Pillow's scale. 85 is what cameras and browsers save by; 95 is the highest that its documentation recommends.
@@ -72,27 +71,27 @@ class Trials:
                 self.candidates.notes.append(f"the time limit left {count} cuts untried: {names}")
                 return
             self.progress(f"trying the cut {cut}, {i + 1} of {len(cuts)}{pace.left(i)}")
+            early = self._exit(cut)
             for choice in offered_codecs(self.fidelity, cut):
-                option = Option(f"split-{cut}-{short_name(choice)}", "split", (cut,), choice)
-                self.candidates.add(option, self._split(cut, choice))
+                evaluation = self._split(cut, choice)
+                self.candidates.add(Option(split_name(cut, choice), "split", (cut,), choice), evaluation)
+                if early is not None and evaluation is not None:
+                    name = split_name(cut, choice, has_exit=True)
+                    self.candidates.add(Option(name, "split", (cut,), choice), early.applied(evaluation))
+            self.variants.heads(cut)
 
-    def int8(self, registry: Registry, cache: SegmentCache, whole: Path, folder: Path, threads: int) -> None:
-        """Build and evaluate the int8 variant; a model without a variant still has a plan."""
-        candidates = self.candidates
-        if self.budget.spent:
-            candidates.notes.append("edge-int8 was left out: the time limit left no time to quantise the model")
-            return
-        self.progress("quantising the model to int8")
-        try:
-            variant = int8_variant(candidates.bundle, registry, whole, [i.arrays for i in candidates.inputs], folder)
-            with contextlib.closing(variant.pool(cache, threads)) as pool:
-                evaluation = self.evaluator.variant(variant.digest, variant.bundle, pool)
-        except (ModelError, RunFailed) as e:
-            candidates.notes.append(f"edge-int8 was left out: {e.message}")
-            return
-        # Only now: a variant that fails must not be uploaded with the candidates.
-        candidates.variant = variant
-        candidates.add(Option("edge-int8", "edge", variant=True), evaluation)
+    @property
+    def variants(self) -> VariantTrials:
+        """The trials of variants at the edge."""
+        return VariantTrials(self.candidates, self.evaluator, self.fidelity, self.progress, self.budget)
+
+    def _exit(self, cut: str) -> ExitTrial | None:
+        bundle = self.candidates.bundle
+        if (branch := exit_branch(bundle, cut)) is None:
+            return None
+        with self.candidates.or_note(f"the exit at {cut}"):
+            return try_exit(bundle, branch.gate, self.evaluator.branch(branch.segment))
+        return None
 
     def _photo(self) -> None:
         candidates, spec = self.candidates, self.candidates.bundle.preprocess
@@ -135,3 +134,11 @@ class Trials:
             return self.evaluator.closer_looks(cut, choice, looks, error)
         evaluation = self.evaluator.split(cut, choice)
         return None if evaluation is None else replace(evaluation, error=error)
+
+
+def prepared_cuts(bundle: Bundle, fidelity: Fidelity | None) -> list[str]:
+    """The cuts that were calibrated, or have an exit or variants of the head: tried in any case."""
+    calibrated = fidelity.cuts() if fidelity is not None else ()
+    exits = [cut for cut in bundle.cuts if exit_branch(bundle, cut) is not None]
+    heads = [cut for cut in bundle.cuts if bundle.variants_of(SegmentId(stop=cut))]
+    return list(dict.fromkeys((*calibrated, *exits, *heads)))

@@ -79,14 +79,16 @@ def explain(model: str, registry: RegistrySettings) -> PlanExplanation:
 
 
 def in_words(candidate: Candidate) -> str:
-    """A candidate in words: `int8 at the edge`, or `a split at 65, int4/1`."""
-    model = "int8" if candidate.variant is not None else "the whole model"
+    """A candidate in words: `int8 at the edge`, or `a split at 65, int4/1, 75% exit at the edge`."""
+    model = "int8" if candidate.variant is not None else candidate.head or "the whole model"
     if candidate.kind == "edge":
         return f"{model} at the edge"
     if candidate.kind == "split":
         codecs = sorted({str(Choice(coding.codec, coding.quality)) for coding in candidate.codecs.values()})
+        head = f" with the head {candidate.head}" if candidate.head else ""
         looks = ", with closer looks" if candidate.looks is not None else ""
-        return f"a split at {'/'.join(candidate.cuts)}, {' and '.join(codecs) or 'raw'}{looks}"
+        exits = f", {candidate.exit.share:.0%} exit at the edge" if candidate.exit is not None else ""
+        return f"a split at {'/'.join(candidate.cuts)}{head}, {' and '.join(codecs) or 'raw'}{looks}{exits}"
     if candidate.generation is not None:
         return "the whole model in the cloud, to which token ids cross"
     photo = next((coding for coding in candidate.codecs.values() if coding.codec == PHOTO_ID), None)

@@ -14,7 +14,7 @@ import yaml
 
 from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.plan import Candidate, read_plan
-from isthmus.artifacts.segment_id import WHOLE
+from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.errors import LocalError, Missing
 from isthmus.registry import FolderStore, Registry, Resolved, SegmentCache, open_cache, open_registry
 from isthmus.registry.addresses import STORE_SECRETS
@@ -209,8 +209,15 @@ def _planned_partition(store: Registry, model: Resolved, choice: Candidate) -> _
     digest, bundle = model.digest, model.bundle
     if choice.variant is not None:
         digest, bundle = choice.variant, _variant(store, model.name, choice.variant)
+    if choice.exit is not None:
+        raise LocalError(
+            f"{choice.name}, as the plan of {model.name} says, has an exit behind its head, and a packaged function"
+            " holds one segment",
+            hint=f"package it without its plan: --cut {'/'.join(choice.cuts)}; or serve it from a registry",
+        )
     if choice.variant is not None or choice.kind == "edge":
-        return _Partition((_Part("head", "edge", digest, bundle, bundle.segment(WHOLE)),), (), choice)
+        whole = bundle.segment(SegmentId(variant=choice.head))
+        return _Partition((_Part("head", "edge", digest, bundle, whole),), (), choice)
     if choice.kind == "cloud":
         return _Partition((_Part("tail", "cloud", digest, bundle, bundle.segment(WHOLE)),), (), choice)
     segments = bundle.partition(choice.cuts)
@@ -221,6 +228,8 @@ def _planned_partition(store: Registry, model: Resolved, choice: Candidate) -> _
             hint=f"package it without its plan: --cut {'/'.join(choice.cuts)}",
         )
     head, tail = segments
+    if choice.head:
+        head = bundle.segment(SegmentId("", choice.cuts[0], choice.head))
     parts = (_Part("head", "edge", digest, bundle, head), _Part("tail", "cloud", digest, bundle, tail))
     return _Partition(parts, choice.cuts, choice)
 

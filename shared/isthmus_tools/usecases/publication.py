@@ -22,7 +22,7 @@ from isthmus.settings import RegistrySettings
 from isthmus.units import format_duration, format_rate
 from isthmus_tools.planner.candidates import CandidateSet
 from isthmus_tools.planner.language_candidates import LanguageCandidates
-from isthmus_tools.planner.publishing import carry_over, publish_plan, renew
+from isthmus_tools.planner.publishing import carry_over, publish_plan, renew, renew_exit
 from isthmus_tools.usecases.segment_runs import run_new_segments
 from isthmus_tools.usecases.versions import next_command, serving_version
 
@@ -117,10 +117,10 @@ def publish_version(
     The plan of `before`, else of the alias's version, is kept where still valid. Otherwise the version is
     published and the alias stays, unless `drop_plan`.
 
-    A plan with changed codec tables is renewed. A bundle that redacts nothing gets the redaction of the alias's
-    version, if `keeps_redaction`: requests must not lose that by a publication for another purpose. Segments that
-    have never run are run first, by `settings` of the registry; with `dry_run` those of `files` ran when the bundle
-    was built.
+    A plan with changed codec tables, or with an exit fitted anew, is renewed. A bundle that redacts nothing gets the
+    redaction of the alias's version, if `keeps_redaction`: requests must not lose that by a publication for another
+    purpose. Segments that have never run are run first, by `settings` of the registry; with `dry_run` those of `files`
+    ran when the bundle was built.
 
     Raises:
         ModelError: a segment does not run; nothing was published.
@@ -181,10 +181,10 @@ def _publish_version(
                 version = publish_plan(registry, bundle, files, valid, alias=alias or None)
                 return Publication(version, alias, was, moved=bool(alias), plan=valid.chosen)
         for model, plan in plans:
-            if fidelity is None:
-                break
-            previous = _fidelity(registry, model.bundle, {})
-            if (renewed := renew(plan, model.bundle, bundle, previous, fidelity)) is not None:
+            renewed = renew_exit(plan, model.bundle, bundle)
+            if renewed is None and fidelity is not None:
+                renewed = renew(plan, model.bundle, bundle, _fidelity(registry, model.bundle, {}), fidelity)
+            if renewed is not None:
                 version = publish_plan(registry, bundle, files, renewed, alias=alias or None)
                 return Publication(version, alias, was, moved=bool(alias), plan=renewed.chosen, renewed=True)
     keeps = bundle.plan is not None

@@ -85,6 +85,7 @@ HEAVY = {
     "cloudevents": {"events"},
     "sqlite3": {"events"},
     "flask": {"serving"},
+    "waitress": {"serving"},
     "prometheus_client": {"serving", "engine"},
     "re2": {"processing"},
     "PIL": {"processing", "calibration", "cli"},

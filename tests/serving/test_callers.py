@@ -18,7 +18,8 @@ from isthmus.errors import CallerUnauthenticated
 from isthmus.security.caller_keys import CallerEntry, key_digest, new_key
 from isthmus.security.callers import Role
 from isthmus.serving import create_router_app, create_segment_app, create_trigger_app
-from isthmus.serving.route_roles import ROUTER, SEGMENT, TRIGGER
+from isthmus.serving.route_roles import ROUTER, SEGMENT, TRAINING, TRIGGER
+from isthmus.serving.training import create_training_app
 from support.bundles import Published, framed, metrics, photo, ready, router_settings, segment_settings, served
 from support.bundles import photos as photos
 from support.cli import document, isthmus, refusal
@@ -75,7 +76,13 @@ def test_every_route_of_every_function_has_a_row_and_every_row_a_route(
 ) -> None:
     segment = create_segment_app(segment_settings(photos, tmp_path / "s"))
     trigger = create_trigger_app(trigger_settings("trigger.toml"), tmp_path)
-    for app, table in ((router.application, ROUTER), (segment, SEGMENT), (trigger, TRIGGER)):
+    training = create_training_app(segment_settings(photos, tmp_path / "t"), lambda frame, context: frame)
+    for app, table in (
+        (router.application, ROUTER),
+        (segment, SEGMENT),
+        (trigger, TRIGGER),
+        (training, TRAINING),
+    ):
         endpoints = {rule.endpoint for rule in app.url_map.iter_rules()}
         assert endpoints == set(table), app.name
     assert {name for name, need in ROUTER.items() if need.is_open} == {"ready", "live", "server_ready", "page_asset"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -25,3 +27,15 @@ def digits(train: int = 512, validation: int = 128, test: int = 128) -> Prepared
 
 
 FAST = FitTable(epochs=4, batch=32, rate=1e-2, patience=0)
+
+
+def skewed_nodes(data: PreparedData, share: float, seed: int = 0) -> list[PreparedData]:
+    """The training part over four nodes: `share` of the samples are with the node that owns their digit.
+
+    The nodes own three, three, two and two digits; the other samples are anywhere.
+    """
+    owner = np.array([0, 0, 0, 1, 1, 1, 2, 2, 3, 3])[data.train.labels]
+    draw = np.random.default_rng(seed)
+    node = np.where(draw.random(len(owner)) < share, owner, draw.integers(4, size=len(owner)))
+    parts = [{**data.parts, "train": data.train.rows(np.flatnonzero(node == i))} for i in range(4)]
+    return [replace(data, parts=each) for each in parts]

@@ -82,10 +82,20 @@ TRIGGER: Mapping[str, Need] = {
     "openapi": _INFER,
     "metrics": _METRICS,
 }
-TABLES: Mapping[str, Mapping[str, Need]] = {"router": ROUTER, "segment": SEGMENT, "trigger": TRIGGER}
+TRAINING: Mapping[str, Need] = {"ready": _OPEN, "train": _OWN, "metrics": _METRICS}
+TABLES: Mapping[str, Mapping[str, Need]] = {
+    "router": ROUTER,
+    "segment": SEGMENT,
+    "trigger": TRIGGER,
+    "training": TRAINING,
+}
 """The table of each function's app, by its name."""
 
 
 def without_hop_keys(table: Mapping[str, Need]) -> Mapping[str, Need]:
-    """The table of a segment function that cannot authenticate its calls: the role of predictions instead."""
-    return {**table, **dict.fromkeys(("run", "load", "end_session"), _INFER)}
+    """The table of a function that cannot authenticate the calls of others: roles instead.
+
+    The role of predictions for segments. Who trains changes the model, and so administers it.
+    """
+    roles = {"run": _INFER, "load": _INFER, "end_session": _INFER, "train": Need(Role.ADMINISTER)}
+    return {name: roles.get(name, need) for name, need in table.items()}

@@ -71,20 +71,40 @@ class Checkpoints:
             except (OSError, ValueError, RuntimeError, EOFError, KeyError, UnpicklingError) as e:
                 self._warn(f"{path} is damaged, the checkpoint before it is taken: {e}")
                 continue
-            if document["fingerprint"] != self._fingerprint:
-                raise LearningError(
-                    f"{path} is of another configuration or of other data",
-                    file=str(path),
-                    hint="--fresh starts anew; or restore what was changed",
-                )
-            state: State = document["state"]
-            return state
+            return self._own_state(document, path)
         return None
+
+    def steps(self) -> list[int]:
+        """The steps with a checkpoint, in order; damaged ones too."""
+        return [int(path.stem.removeprefix("step-")) for path in self._files()]
+
+    def read(self, step: int) -> State:
+        """The state after `step` steps.
+
+        Raises:
+            LearningError: absent, damaged, of another configuration or of other data.
+        """
+        path = self._folder / f"step-{step:012}.checkpoint"
+        try:
+            document = _read(path)
+        except (OSError, ValueError, RuntimeError, EOFError, KeyError, UnpicklingError) as e:
+            raise LearningError(f"{path} is absent or damaged: {e}", file=str(path)) from e
+        return self._own_state(document, path)
 
     def remove(self) -> None:
         """Remove all checkpoints."""
         for path in self._files():
             path.unlink(missing_ok=True)
+
+    def _own_state(self, document: dict[str, Any], path: Path) -> State:
+        if document["fingerprint"] != self._fingerprint:
+            raise LearningError(
+                f"{path} is of another configuration or of other data",
+                file=str(path),
+                hint="--fresh starts anew; or restore what was changed",
+            )
+        state: State = document["state"]
+        return state
 
     def _files(self) -> list[Path]:
         if not self._folder.is_dir():

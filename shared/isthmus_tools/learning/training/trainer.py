@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -70,6 +70,12 @@ class Computation(Protocol):
         ...
 
 
+def weighted_loss(scores: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float) -> Tensor:
+    """The weighted sum of the rows' losses."""
+    losses = nn.functional.cross_entropy(scores, targets, reduction="none", label_smoothing=label_smoothing)
+    return (losses * weights).sum()
+
+
 class WholeNetwork:
     """A network in this process."""
 
@@ -81,10 +87,7 @@ class WholeNetwork:
         # The last batch of an epoch may have fewer rows than there are processes.
         if not len(batch.targets):
             return torch.zeros((), device=batch.targets.device)
-        losses = nn.functional.cross_entropy(
-            self._network(batch.inputs), batch.targets, reduction="none", label_smoothing=self._smoothing
-        )
-        loss = (losses * batch.weights).sum()
+        loss = weighted_loss(self._network(batch.inputs), batch.targets, batch.weights, self._smoothing)
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -134,6 +137,7 @@ class Trainer:
 
     The network starts with its present weights; `seed` orders the samples. `computation` and `processes` distribute
     the work; each process needs the same data, options and weights. Only the process of rank 0 writes checkpoints.
+    `on_best` is called where the present weights are the best so far.
     """
 
     def __init__(
@@ -146,8 +150,10 @@ class Trainer:
         checkpoints: Checkpoints | None = None,
         processes: Processes | None = None,
         computation: Computation | None = None,
+        on_best: Callable[[], None] = lambda: None,
         progress: Progress = silent,
     ) -> None:
+        self._on_best = on_best
         self.network, self._data, self._options, self._seed = network, data, options, seed
         self._checkpoints, self._progress = checkpoints, progress
         self._processes: Processes = processes or OneProcess()
@@ -158,9 +164,9 @@ class Trainer:
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         if not self.parameters:
             raise LearningError("the network has no parameters to train", key="network.name")
-        self.optimiser = _optimiser(self.parameters, options)
-        self._steps_per_epoch = max(1, math.ceil(len(data.train) / options.batch))
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._rate_factor)
+        self.optimiser = optimiser_of(self.parameters, options)
+        self.steps_per_epoch = max(1, math.ceil(len(data.train) / options.batch))
+        self._schedule = schedule_of(self.optimiser, options, self.steps_per_epoch)
         self._class_weights = _class_weights(data.train.labels, len(data.classes), options)
         self._at = _Position()
         self._best: dict[str, Tensor] = {}
@@ -178,7 +184,7 @@ class Trainer:
         while self._at.epoch < self._options.epochs and not stopped_early:
             for rows in self._remaining_batches():
                 self._note(self.step(rows))
-                if self._at.batches < self._steps_per_epoch:
+                if self._at.batches < self.steps_per_epoch:
                     self._checkpoint_if_due()
             self._end_epoch()
             stopped_early = self._has_stalled()
@@ -248,14 +254,14 @@ class Trainer:
 
     def _remaining_batches(self) -> Iterator[Array]:
         order, size = self.order(self._at.epoch), self._options.batch
-        for n in range(self._at.batches, self._steps_per_epoch):
+        for n in range(self._at.batches, self.steps_per_epoch):
             yield order[n * size : (n + 1) * size]
 
     def _note(self, loss: float) -> None:
         at = self._at
         at.batches, at.step = at.batches + 1, at.step + 1
         at.losses.append(loss)
-        total = self._options.epochs * self._steps_per_epoch
+        total = self._options.epochs * self.steps_per_epoch
         self._progress(f"training, epoch {at.epoch + 1} of {self._options.epochs}{self._so_far()}", at.step, total)
 
     def _so_far(self) -> str:
@@ -280,6 +286,7 @@ class Trainer:
         if loss < at.best_loss:
             at.best_loss, at.best_epoch = loss, at.epoch
             self._best = {name: value.detach().cpu().clone() for name, value in self.network.state_dict().items()}
+            self._on_best()
         at.epoch, at.batches, at.losses = at.epoch + 1, 0, []
 
     def _has_stalled(self) -> bool:
@@ -330,18 +337,26 @@ class Trainer:
         self.restore(state)
         return self._at.step
 
-    def _rate_factor(self, step: int) -> float:
-        """The rate of a step relative to the highest: a linear rise, then constant or half a cosine."""
-        total = self._options.epochs * self._steps_per_epoch
-        rise = self._options.warmup * total
+
+def schedule_of(
+    optimiser: torch.optim.Optimizer, options: FitTable, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The rate of each step relative to the highest: a linear rise, then constant or half a cosine."""
+    total = options.epochs * steps_per_epoch
+    rise = options.warmup * total
+
+    def factor(step: int) -> float:
         if step < rise:
             return (step + 1) / (rise + 1)
-        if self._options.schedule == "constant":
+        if options.schedule == "constant":
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1.0, total - rise))))
 
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
 
-def _optimiser(parameters: Sequence[nn.Parameter], options: FitTable) -> torch.optim.Optimizer:
+
+def optimiser_of(parameters: Sequence[nn.Parameter], options: FitTable) -> torch.optim.Optimizer:
+    """The optimiser that the options name."""
     match options.optimiser:
         case "sgd":
             return torch.optim.SGD(

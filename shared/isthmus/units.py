@@ -57,6 +57,21 @@ def parse_rate(text: str) -> float:
     return float(match[1]) * _BYTES[match[2].lower()]
 
 
+def parse_share(text: str) -> float:
+    """`1%` or `0.01` as a share.
+
+    Raises:
+        ValueError: no number, or not between 0 and 1.
+    """
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise ValueError(f"{text[:80]!r} is no share: more than 0% and less than 100%, such as 1%")
+    return share
+
+
 def format_rate(bits_per_s: float) -> str:
     """A rate for display: `1.5 Mbit/s`, `unlimited`."""
     if math.isinf(bits_per_s):

@@ -65,6 +65,7 @@ COMMANDS = [
     "calibrate",
     "codec",
     "draft",
+    "exits",
     "profile",
     "plan",
     "explain",

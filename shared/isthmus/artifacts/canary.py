@@ -11,6 +11,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
+from isthmus import units
 from isthmus.artifacts.constraints import Count, Digest, Share
 from isthmus.errors import RegistryError
 
@@ -73,12 +74,11 @@ def parse_share(text: str) -> float:
         RegistryError: no number, or not between 0 and 1.
     """
     try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        share = 0.0
-    if not 0 < share < 1:
-        raise RegistryError(f"{text[:80]!r} is no share of requests: more than 0% and less than 100%, such as 10%")
-    return share
+        return units.parse_share(text)
+    except ValueError as e:
+        raise RegistryError(
+            f"{text[:80]!r} is no share of requests: more than 0% and less than 100%, such as 10%"
+        ) from e
 
 
 def parse_rule(text: str) -> CanaryRule:

@@ -22,7 +22,8 @@ from isthmus.registry import Resolved
 from isthmus.runtime.ort_runner import UnpublishedRunner
 from isthmus.runtime.session_store import SessionStore
 from isthmus_tools.calibration.exit_fit import fit, offered_tokens
-from isthmus_tools.graph.decoder.exits import FINAL, FittedExit, observing
+from isthmus_tools.graph.decoder.exits import FINAL, FittedExit, observed_values
+from isthmus_tools.graph.observing import observing
 from isthmus_tools.progress import Progress
 
 # Of a passage as a prompt, and of what the model writes on it.
@@ -113,7 +114,7 @@ def observe(
     state = bundle.state
     if state is None:
         raise ModelError(f"{bundle.name} declares no state")
-    graph, segment = observing(whole, bundle, cuts)
+    graph, segment = observing(whole, bundle.segment(WHOLE), observed_values(bundle, cuts))
     runner = UnpublishedRunner(graph, segment, whole.parent, threads=threads, repack=True)
     empty = empty_state(state, segment.inputs)
     found: dict[str, list[Array]] = {name: [] for name in (*cuts, FINAL)}

@@ -3,7 +3,7 @@
 `graph.torch_export` and `graph.quantise` import heavy libraries, and are imported by name where needed.
 """
 
-from isthmus_tools.graph.bundler import add_cuts, build, stored_examples
+from isthmus_tools.graph.bundler import add_cuts, build, open_whole, stored_examples
 from isthmus_tools.graph.cuts import CutInfo, cut_after, cut_at, cuts, narrowest, resolve_cut, resolve_partition
 from isthmus_tools.graph.extract import Extracted, check_order, extract, partition
 from isthmus_tools.graph.model import Model, open_model
@@ -21,6 +21,7 @@ __all__ = [
     "extract",
     "narrowest",
     "open_model",
+    "open_whole",
     "partition",
     "resolve_cut",
     "resolve_partition",

@@ -139,10 +139,7 @@ def add_cuts(
         CutError: as `build`.
     """
     whole = Path(whole)
-    binding = bundle.source.get("bind", {})
-    model = open_model(whole, bind=binding, examples=stored_examples(bundle), normalise=False)
-    # The import's dry run corrected the output shapes for every size; tails must promise the same.
-    model = replace(model, specs={**model.specs, **{s.name: s for s in bundle.outputs}})
+    model = open_whole(bundle, whole)
     out = whole.parent if out_dir is None else Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     files: dict[str, Path] = {}
@@ -155,6 +152,18 @@ def add_cuts(
     if default and resolved:
         extended = structs.replace(extended, default_cuts=tuple(c.name for c in resolved[0]))
     return extended if extended == bundle else structs.replace(extended, plan=None), files
+
+
+def open_whole(bundle: Bundle, whole: Path) -> Model:
+    """The model of a published bundle, from the graph of its uncut segment.
+
+    Raises:
+        ModelError: the graph was not written by this package.
+    """
+    binding = bundle.source.get("bind", {})
+    model = open_model(whole, bind=binding, examples=stored_examples(bundle), normalise=False)
+    # The import's dry run corrected the output shapes for every size; tails must promise the same.
+    return replace(model, specs={**model.specs, **{s.name: s for s in bundle.outputs}})
 
 
 def stored_examples(bundle: Bundle) -> Examples:

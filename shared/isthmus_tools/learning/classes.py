@@ -37,7 +37,7 @@ class ModelClasses:
     def _indices(self) -> dict[str, int]:
         indices: dict[str, int] = {}
         for index, name in enumerate(self.names):
-            # ImageNet's labels list synonyms; the first class of a shared synonym has it.
+            # ImageNet's labels list synonyms; the first class of a shared synonym counts.
             for text in (name, *name.split(",")):
                 indices.setdefault(text.strip().casefold(), index)
         return indices
@@ -157,7 +157,7 @@ def read_label_file(path: Path) -> Array | list[Any] | dict[str, str]:
 
 def _by_file(lines: list[list[str]]) -> dict[str, str]:
     rows = [line for line in lines if line]
-    # The header is optional: spreadsheets write it, scripts often do not.
+    # The header is optional: spreadsheets write a header, scripts often do not.
     if rows and [cell.strip().casefold() for cell in rows[0]] == ["file", "label"]:
         del rows[0]
     if not rows:

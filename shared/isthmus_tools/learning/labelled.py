@@ -42,7 +42,7 @@ class LabelledData:
         return len(self.places)
 
     def inputs(self, indices: Iterable[int] | None = None) -> Iterator[dict[str, Array]]:
-        """The model's inputs of all places, or of those at `indices`, each as a batch of 1.
+        """The model's inputs of all places, or of `indices` alone, each as a batch of 1.
 
         Raises:
             LearningError: a file cannot be used, or holds values that are not finite.
@@ -111,7 +111,7 @@ def open_labelled(
     if classes is None:
         return data
     texts, source = _labels(data, folder, labels)
-    # Folders may sort photos by other things than classes: without a name in common they are no labels.
+    # Folders may sort photos by other things than classes: without a name in common nothing is labelled.
     by_folder = labels is None and data.labels is None
     if by_folder and not required and texts and all(classes.index(text) is None for text in texts):
         texts = None
@@ -169,7 +169,7 @@ class _ArrayFiles:
         self._files: dict[Path, dict[str, Array]] = {}
 
     def rows(self, path: Path) -> int:
-        """The inputs in a file, the first of which was checked against the model."""
+        """The inputs in a file; the first is checked against the model."""
         arrays = self._load(path)
         counts = {
             name: array.shape[0] for name, array in arrays.items() if name != LABELS and self._by_row(name, array)
@@ -220,7 +220,7 @@ class _ArrayFiles:
         spec = next((spec for spec in self._specs if spec.name == name), None)
         if spec is None or not spec.shape:
             return False
-        # A first axis of a fixed size above 1 is no batch: such an input is the same for every row.
+        # A first axis of a fixed size above 1 is no batch: the input is the same for every row.
         is_batch = isinstance(spec.shape[0], str) or spec.shape[0] == 1
         return array.ndim == len(spec.shape) + 1 or (array.ndim == len(spec.shape) and is_batch)
 
@@ -267,7 +267,7 @@ def _from_file(data: LabelledData, folder: Path, file: Path) -> Sequence[object]
                 hint="one label for each input, in the order of files by name and of rows",
             )
         return list(labels)
-    # Paths below the folder, or names alone where no two files share one.
+    # Paths below the folder, or names alone where no two files are of a name.
     names = [path.relative_to(folder).as_posix() if path != folder else path.name for path, _ in data.places]
     texts = [labels.get(name, labels.get(path.name)) for name, (path, _) in zip(names, data.places, strict=True)]
     if missing := [name for name, text in zip(names, texts, strict=True) if text is None]:

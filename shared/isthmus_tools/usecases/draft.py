@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from msgspec import structs
-
 from isthmus.artifacts.bundle import Exit
 from isthmus.artifacts.segment_id import WHOLE
 from isthmus.errors import LocalError, ModelError
@@ -21,7 +19,7 @@ from isthmus_tools.calibration.exit_training import ExitAgreement, fit_branch, o
 from isthmus_tools.graph.decoder.exits import exit_segment, matrix_of
 from isthmus_tools.graph.weights import LOCATION
 from isthmus_tools.progress import Progress, silent
-from isthmus_tools.usecases.publication import Publication, open_predecessor, publish_version
+from isthmus_tools.usecases.publication import Publication, open_predecessor, publish_exits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +96,7 @@ def draft(request: DraftRequest, progress: Progress = silent) -> DraftResult:
         progress("running the model on what it wrote")
         observed = observe(whole.path, bundle, cuts, written, request.threads)
         matrix = matrix_of(whole.path.with_name(LOCATION), bundle)
-        # Branches of other cuts stay.
-        exits, files, agreements = {e.cut: e for e in bundle.exits}, dict[str, Path](), list[ExitAgreement]()
+        exits, files, agreements = list[Exit](), dict[str, Path](), list[ExitAgreement]()
         for cut in cuts:
             progress(f"fitting the branch at {cut}")
             fitted, agreement = fit_branch(observed, cut, matrix)
@@ -107,8 +104,9 @@ def draft(request: DraftRequest, progress: Progress = silent) -> DraftResult:
             path = Path(folder) / f"{segment.graph.digest[7:]}.onnx"
             path.write_bytes(graph)
             files[segment.graph.digest] = path
-            exits[cut] = Exit(segment, agreement.agreement)
+            exits.append(Exit(segment, agreement.agreement))
             agreements.append(agreement)
-        extended = structs.replace(bundle, exits=tuple(exits.values()))
-        publication = publish_version(registry, extended, files, request.alias, settings=request.registry, before=model)
+        publication = publish_exits(
+            registry, bundle, exits, files, request.alias, settings=request.registry, before=model
+        )
     return DraftResult(publication, agreements, sum(len(each.tokens) - each.start for each in written))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from msgspec import structs
 
-from isthmus.artifacts.bundle import Blob, Bundle
+from isthmus.artifacts.bundle import Blob, Bundle, Exit
 from isthmus.artifacts.fidelity import Fidelity, read_fidelity
 from isthmus.artifacts.plan import Plan, read_plan
 from isthmus.artifacts.redaction import Redaction
@@ -133,6 +133,28 @@ def publish_version(
     run_new_segments(registry, settings, bundle, files, dry_run=dry_run)
     publication = _publish_version(registry, bundle, files, alias, before, drop_plan)
     return replace(with_next_command(registry, publication), redacts=redacts)
+
+
+def publish_exits(
+    registry: Registry,
+    bundle: Bundle,
+    exits: Sequence[Exit],
+    files: Mapping[str, Path],
+    alias: str,
+    *,
+    settings: RegistrySettings,
+    before: Resolved,
+) -> Publication:
+    """Publish a bundle with new exits beside those of other cuts; `files` has the branches' graphs.
+
+    Raises:
+        ModelError, RegistryError: as `publish_version`.
+    """
+    merged = {each.cut: each for each in (*bundle.exits, *exits)}
+    # A plan is for a version without these exits, and fusion weights for the scores of one exit.
+    fusion = bundle.fusion if bundle.fusion is not None and merged.get(bundle.fusion.cut) in bundle.exits else None
+    extended = structs.replace(bundle, exits=tuple(merged.values()), fusion=fusion, plan=None)
+    return publish_version(registry, extended, files, alias, settings=settings, before=before)
 
 
 def _suitable(bundle: Bundle, redaction: Redaction | None) -> Redaction | None:

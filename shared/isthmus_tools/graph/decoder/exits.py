@@ -1,4 +1,4 @@
-"""Exit branches of a decoder: the graph of a branch behind a cut, and the graph that observes what it is fitted on.
+"""Exit branches of a decoder: the graph of a branch behind a cut, and the values that it is fitted on.
 
 A branch normalises the residual stream at its cut, maps it linearly to what the final norm gives, and multiplies by
 rows of the model's own output matrix, which stays in the weights file.
@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import EXIT_PROBABILITIES, EXIT_TOKENS, Blob, Bundle, Segment, WeightTensor, digest_of
-from isthmus.artifacts.segment_id import WHOLE, SegmentId
+from isthmus.artifacts.segment_id import SegmentId
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import ModelError
 from isthmus_tools.graph.node_writer import NodeWriter, initialiser, written_model
@@ -39,26 +39,14 @@ class FittedExit:
     tokens: Array
 
 
-def observing(whole: Path, bundle: Bundle, cuts: Sequence[str]) -> tuple[bytes, Segment]:
-    """The uncut graph with further outputs: the boundary tensor of each of `cuts`, and what the final norm gives.
+def observed_values(bundle: Bundle, cuts: Sequence[str]) -> list[TensorSpec]:
+    """The values that branches are fitted on: the boundary tensor of each of `cuts`, and what the final norm gives.
 
     Raises:
-        ModelError: the graph is no decoder that this package wrote.
+        ModelError: a cut carries no residual stream.
     """
-    model = ir.load(whole)
-    values = {value.name: value for node in model.graph for value in node.outputs}
-    segment = bundle.segment(WHOLE)
     width = _boundary(bundle, cuts[0]).shape[-1]
-    specs = [TensorSpec(name, "float32", ("batch", "tokens", width)) for name in (*cuts, FINAL)]
-    for spec in specs:
-        if (value := values.get(spec.name)) is None:
-            raise ModelError(f"the graph of {bundle.name} has no value {spec.name}; exits are fitted for decoders")
-        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(list(spec.shape))
-        # State stays an output too: GroupQueryAttention has no form without.
-        model.graph.outputs.append(value)
-    data = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
-    blob = Blob(digest_of(data), len(data))
-    return data, Segment(WHOLE, blob, segment.inputs, (*segment.outputs, *specs), segment.weights)
+    return [TensorSpec(name, "float32", ("batch", "tokens", width)) for name in (*cuts, FINAL)]
 
 
 def exit_segment(bundle: Bundle, cut: str, fitted: FittedExit) -> tuple[bytes, Segment]:

@@ -18,6 +18,8 @@ from isthmus.errors import DeadlineExceeded, RequestMalformed
 
 ROUTE_HEADER = "Isthmus-Route"
 """The header of a request that names the only route that it may take."""
+EXIT_HEADER = "Isthmus-Exit"
+"""The header of a request that asks for the full model: `off`. The default is `on`."""
 # W3C Trace Context forbids version ff and all-zero ids.
 _TRACEPARENT = re.compile(
     r"(?!ff)([0-9a-f]{2})-((?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16})-([0-9a-f]{2})(-[!-~]{0,200})?"

@@ -533,7 +533,8 @@ class RouterSettings(SegmentSettings):
     )
     guard_share: float = setting(
         "share of requests with encoded activations that the router repeats with raw activations, in idle "
-        "time, to compare the predictions; 0 disables the comparison",
+        "time, to compare the predictions, and of those that met an exit, which it repeats in full where they ended"
+        " there; 0 disables the comparison",
         0.01,
         maximum=1,
     )
@@ -549,6 +550,17 @@ class RouterSettings(SegmentSettings):
         maximum=1,
     )
     plan: bool = setting("whether the router follows the plan in the model's bundle, if `cuts` is empty", True)
+    exits: bool = setting(
+        "whether requests end at the exits of a model: of a plan's routes those that the plan has, without a plan the"
+        " exit of the first cut, where the bundle has one. A caller asks for the full model by the header"
+        " `Isthmus-Exit: off`",
+        True,
+    )
+    exit_when_cut_off: bool = setting(
+        "whether the unsure prediction of a route's exit is the response, marked as degraded, where the segments behind"
+        " the exit give no response and no other route does; otherwise that is an error",
+        False,
+    )
     adapt: bool = setting(
         "whether the router chooses the route of each request among the candidates of the plan, and takes another where"
         " a hop gives no response; otherwise every request takes the plan's choice",

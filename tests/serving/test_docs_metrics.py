@@ -90,7 +90,7 @@ def test_every_metric_of_the_trigger_is_documented(nats_server: NatsServer, tmp_
 
 def test_every_label_is_documented() -> None:
     collectors = [value for value in vars(FunctionMetrics()).values() if hasattr(value, "_labelnames")]
-    assert len(collectors) == 17
+    assert len(collectors) == 22
     for collector in collectors:
         suffix = "_total" if collector._type == "counter" else ""
         assert ROWS[collector._name + suffix] == (collector._type, tuple(collector._labelnames))

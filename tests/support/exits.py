@@ -13,6 +13,7 @@ from onnx import helper, numpy_helper
 
 from isthmus.artifacts.bundle import Blob, Exit, Segment, digest_of
 from isthmus.artifacts.gate import EXIT_CONFIDENCE, EXIT_SCORES, Gate
+from isthmus.artifacts.plan import PlannedExit
 from isthmus.artifacts.segment_id import SegmentId
 from isthmus.artifacts.tensors import TensorSpec
 from support.bundles import Published, publish, save, value, weight
@@ -83,3 +84,7 @@ def with_exit(
     bundle = structs.replace(published.bundle, exits=exits)
     version = published.registry.publish(bundle, {branch.graph.digest: path})
     return replace(published, bundle=bundle, version=version.version, digest=version.digest)
+
+
+def planned_exit(share: float) -> PlannedExit:
+    return PlannedExit(share, 1000)

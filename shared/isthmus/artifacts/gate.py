@@ -19,7 +19,8 @@ class Gate(Struct, frozen=True, forbid_unknown_fields=True):
     that exit with another prediction than the model's, or `accuracy`, requests that exit wrongly where the model is
     right. The share of such requests among all is at most `limit`, with the probability `confidence` over the choice
     of the held-out inputs: of `inputs` such, `exiting` exited, `failing` of these count against the limit, and
-    `bound` is the upper bound of Clopper and Pearson at the threshold.
+    `bound` is the upper bound of Clopper and Pearson at the threshold. `differing` of the exiting inputs had another
+    prediction than the model's, right or wrong; None where that is `failing`.
     """
 
     output: Text
@@ -31,6 +32,7 @@ class Gate(Struct, frozen=True, forbid_unknown_fields=True):
     exiting: Count
     failing: Count
     bound: Share
+    differing: Count | None = None
 
     @property
     def share(self) -> float:

@@ -16,6 +16,8 @@ from isthmus.oip.tensor import describe, from_binary, from_json, shape_of
 from isthmus.wire.json_bounds import parsed_bytes
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
+EXIT_PARAMETER = "isthmus.exit"
+"""The parameter of a request, a bool, that allows exits; false asks for the full model."""
 # Bound on the JSON part, without binary tensors; parsed, JSON can take thirty times its length.
 MAX_JSON_BYTES = 16 * 2**20
 # The id returns in the response; clients use UUIDs.
@@ -46,6 +48,8 @@ class InferRequest:
     inputs: Mapping[str, np.ndarray]
     outputs: tuple[OutputRequest, ...]
     id: str = ""
+    may_exit: bool = True
+    """Whether the prediction of an exit will do; False asks for the full model."""
 
     @property
     def own_bytes(self) -> int:
@@ -100,7 +104,7 @@ def parse_document(
         raise RequestMalformed("the request has no list of inputs", hint='send {"inputs": [{"name": …}]}')
     arrays = _read_inputs(tensors, binary, {spec.name: spec for spec in inputs})
     requested = _requested_outputs(doc.get("outputs"), [spec.name for spec in outputs], parameters)
-    return InferRequest(arrays, requested, _request_id(doc))
+    return InferRequest(arrays, requested, _request_id(doc), _flag(parameters, EXIT_PARAMETER, True))
 
 
 def read_document(

@@ -6,7 +6,7 @@ from isthmus.routing.candidates import RouteCandidate, ServedModel
 from isthmus.routing.catalog import ModelCatalog, VersionDraw
 from isthmus.routing.codec_override import override_codec, parse_override
 from isthmus.routing.comparison import Comparison
-from isthmus.routing.dispatcher import DEGRADED_HEADER, ROUTE_HEADER, Attempt, Dispatcher
+from isthmus.routing.dispatcher import DEGRADED_HEADER, EXIT_HEADER, ROUTE_HEADER, Attempt, Dispatcher
 from isthmus.routing.estimates import Estimates
 from isthmus.routing.guard import Guard
 from isthmus.routing.links import LinkEstimate
@@ -18,6 +18,7 @@ from isthmus.routing.watched_hop import WatchedHop
 
 __all__ = [
     "DEGRADED_HEADER",
+    "EXIT_HEADER",
     "ROUTE_HEADER",
     "Attempt",
     "CanaryTrials",

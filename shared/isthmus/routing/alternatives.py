@@ -24,18 +24,18 @@ def alternative_routes(
 ) -> dict[str, RouteCandidate]:
     """Routes other than `selected`, by name: `raw`, `edge`, `cloud`, `photo` and `cut:NAME`.
 
-    `raw` is the selected route without codecs, `edge` and `cloud` run the whole model on the first and the last hop,
-    `photo` sends the photo unchanged, or redacted, to the last hop, `cut:NAME` divides the model there and sends raw
-    tensors.
+    `raw` is the selected route without codecs and exit, `edge` and `cloud` run the whole model on the first and the
+    last hop, `photo` sends the photo unchanged, or redacted, to the last hop, `cut:NAME` divides the model there and
+    sends raw tensors.
     """
-    raw = selected.route.raw()
+    raw = selected.route.raw().full()
     others = (*_whole_routes(digest, bundle, hops), *_split_routes(digest, bundle, hops))
     different = {
         name: other
         for name, other in others
         if other.photo != selected.photo or (other.photo is None and _identity(other.route) != _identity(raw))
     }
-    return ({"raw": RouteCandidate(raw)} if any(selected.route.encodings) else {}) | different
+    return ({"raw": RouteCandidate(raw)} if any(selected.route.encodings) or selected.route.exit else {}) | different
 
 
 def _whole_routes(digest: str, bundle: Bundle, hops: tuple[Hop, ...]) -> Iterator[tuple[str, RouteCandidate]]:

@@ -48,7 +48,7 @@ class Attempts:
 
     def limited(self, context: Context, expected_s: ExpectedSeconds | None = None) -> Context:
         """The context of an attempt: each hop that a fallback does without is given up in time for it."""
-        return limited(context, self.candidate, self.without, expected_s or self.chooser.expected_s)
+        return limited(context, self.candidate, self.without, expected_s or self.chooser.longest_s)
 
     def fall_back(self, error: HopError, hop: str, left_s: float) -> RouteCandidate | None:
         """The candidate that takes over from the present one, whose `hop` failed; None where none can."""
@@ -57,7 +57,7 @@ class Attempts:
         if not chain or left_s <= 0:
             return None
         self.chooser.fell_back(self.candidate, type(error).__name__)
-        self.candidate = first_in_time(chain, left_s, self.chooser.expected_s)
+        self.candidate = first_in_time(chain, left_s, self.chooser.longest_s)
         self._others = tuple(c for c in self._others if hop not in c.hops and c is not self.candidate)
         return self.candidate
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # Pillow is slow to import
     from isthmus.processing.photo_redaction import PhotoRedactor
 
 NO_DEMAND = Demand()
+# Where a plan saw every input exit, its sums say nothing about a request that does not.
+MIN_BEHIND = 0.01
 NO_TERMS = Terms()
 
 
@@ -27,8 +29,10 @@ class RouteCandidate:
     `photo` is set where the last hop decodes photos. `name` is the plan's name of the candidate; empty for a route
     beside those that the router chooses from. `terms` and `demand`, and `planned_s`, the seconds of a request alone,
     are the plan's, of a language model those of a further token; the first two are zero and the last None without a
-    plan. `degradation` states what an approximation
-    costs; empty where the candidate is as close to the model as the plan allows.
+    plan. `degradation` states what an approximation costs; empty where the candidate is as close to the model as the
+    plan allows. `exit_share` is the share of requests that end at the route's exit, as the plan has it, or else as the
+    exit was measured; terms and demand count what lies behind it for the others. `answers_unsure` says that the exit's
+    unsure prediction is better than none.
     """
 
     route: Route
@@ -38,11 +42,18 @@ class RouteCandidate:
     planned_s: float | None = None
     degradation: str = ""
     terms: Terms = NO_TERMS
+    exit_share: float = 0.0
+    answers_unsure: bool = False
 
     @cached_property
     def hops(self) -> tuple[str, ...]:
         """Names of the hops on the way."""
         return tuple(dict.fromkeys(hop.name for hop in self.route.hops))
+
+    @property
+    def planned_behind(self) -> float:
+        """The share of requests that pass the exit, as terms and demand count them; 1 without an exit."""
+        return max(1 - self.exit_share, MIN_BEHIND)
 
     @cached_property
     def input_bytes(self) -> int:

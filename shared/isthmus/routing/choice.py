@@ -100,7 +100,8 @@ class RouteChooser:
             now, before = self._clock(), self._preference.index
             self._preference.update(now, [e.seconds for e in expected], self._exact)
             # Beyond twice the planned seconds the function is slow, not the link.
-            is_slow = 0 < 2 * self.candidates[before].demand.cloud_s < expected[before].busy.cloud
+            planned_s = expected[before].behind * self.candidates[before].demand.cloud_s
+            is_slow = 0 < 2 * planned_s < expected[before].busy.cloud
             if before != self._preference.index and is_slow:
                 self._exploration.left(before, now)
             best = self._best(self._allowed)
@@ -116,6 +117,12 @@ class RouteChooser:
         if (expectation := self.expectation(candidate)) is None:
             return candidate.planned_s
         return self._behind(expectation)
+
+    def longest_s(self, candidate: RouteCandidate) -> float | None:
+        """As `expected_s`, of a request that passes the candidate's exit; what a deadline has to allow for."""
+        if (expectation := self.expectation(candidate)) is None:
+            return None if candidate.planned_s is None else candidate.planned_s / candidate.planned_behind
+        return self._behind(expectation) + expectation.further_s
 
     def choose(
         self, candidates: Sequence[RouteCandidate], left_s: float, *, may_explore: bool = True
@@ -143,11 +150,17 @@ class RouteChooser:
             # A load begins faster than forecasts follow: until shares are in force its requests evade a queue.
             if seconds[soonest] < (1 - LARGE_GAIN) * seconds[chosen]:
                 chosen = soonest
-        return by_index[chosen if seconds[chosen] <= left_s else self._in_time(seconds, left_s)]
+        if seconds[chosen] + expected[chosen].further_s <= left_s:
+            return by_index[chosen]
+        return by_index[self._in_time(seconds, left_s)]
 
     def _in_time(self, seconds: Mapping[int, float], left_s: float) -> int:
-        """The quickest candidate by its expected `seconds`, where the one whose turn it is would be late."""
-        quickest = min(seconds, key=seconds.__getitem__)
+        """The quickest candidate by its expected `seconds`, where the one whose turn it is would be late.
+
+        Quickest past its exit, for nobody knows before whether a request ends there; as refused counts only a request
+        that even an exit would not save.
+        """
+        quickest = min(seconds, key=lambda i: seconds[i] + self._expected[i].further_s)
         # Late even without any other request: the forecasts may be wrong, and only a request can tell.
         if seconds[quickest] > left_s >= min(self._expected[i].seconds for i in seconds):
             self.usage.refused()
@@ -174,8 +187,9 @@ class RouteChooser:
         began = self._clock()
         with self._outstanding.begin(expectation.busy, candidate.far_hop):
             yield
-        with self._lock:
-            self._exploration.ended(index, self._clock() - began, expectation.seconds)
+        if not expectation.further_s:  # the seconds of one request say little of a mean of early and late ones
+            with self._lock:
+                self._exploration.ended(index, self._clock() - began, expectation.seconds)
 
     def took(self, candidate: RouteCandidate) -> None:
         """Count a request of the candidate that is in no account of outstanding work."""

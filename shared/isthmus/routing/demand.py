@@ -19,6 +19,13 @@ class Demand(NamedTuple):
     cloud_s: float = 0.0
     calls: float = 0.0
 
+    def scaled(self, factor: float) -> Self:
+        """The demand where `factor` times as many requests pass the exit, which is before the link and the cloud."""
+        if factor == 1.0:
+            return self
+        up, down, cloud_s, calls = (factor * amount for amount in self[1:])
+        return type(self)(self.edge_s, up, down, cloud_s, calls)
+
     @classmethod
     def planned(cls, candidate: Candidate) -> Self:
         """The demand of a plan's candidate, by its predicted terms; closer looks count with their shares.

@@ -11,6 +11,7 @@ from functools import partial
 from msgspec import structs
 
 from isthmus.admission import describe_work
+from isthmus.context import EXIT_HEADER as EXIT_HEADER
 from isthmus.context import ROUTE_HEADER as ROUTE_HEADER
 from isthmus.context import Context
 from isthmus.errors import HopError, RequestMalformed
@@ -18,12 +19,13 @@ from isthmus.pipeline import Result
 from isthmus.routing.attempts import Attempts, GenerationRoute, RouteChange
 from isthmus.routing.candidates import RouteCandidate, ServedModel
 from isthmus.routing.estimates import Estimates
+from isthmus.routing.exit_guard import ExitGuard
 from isthmus.routing.fallback import FallbackChain, may_fall_back
 from isthmus.routing.forecast import plan_drift
 from isthmus.routing.readiness import ReadinessProber
 from isthmus.routing.replicas import RoutedHop
 from isthmus.routing.served_versions import ServedVersions
-from isthmus.routing.state import ModelState, RouterState
+from isthmus.routing.state import ExitState, ModelState, RouterState
 from isthmus.routing.warming import Warming
 
 DEGRADED_HEADER = "Isthmus-Degraded"
@@ -48,6 +50,7 @@ class Dispatcher:
         self.own_work = estimates.own_work
         self._versions = ServedVersions([hop.name for hop in hops], estimates, log)
         self._fallbacks = FallbackChain(fallback)
+        self.exits: ExitGuard | None = None
         self._prober = ReadinessProber([replica for hop in hops for replica in hop.watched], log)
 
     def run(
@@ -137,7 +140,16 @@ class Dispatcher:
         # Not of closer looks, which the forecast of a request has not either.
         encode_s = sum(run.encode_s for run in result.runs[: result.segments])
         self.own_work.named((result.preprocess_s or 0.0) + encode_s)
-        self._estimates.answered(chosen.route.digest, chosen.name, seconds, result.preprocess_s, encode_s)
+        learnt = None if result.is_early else encode_s
+        self._estimates.answered(chosen.route.digest, chosen.name, seconds, result.preprocess_s, learnt)
+
+    def met_exit(self, chosen: RouteCandidate, *, is_early: bool) -> None:
+        """Learn whether a request along a candidate ended at its exit; no-op without one.
+
+        Also of a request that found no response behind it: else an outage would seem to make every request early.
+        """
+        if chosen.route.exit is not None and chosen.name:
+            self._estimates.met_exit(chosen.route.digest, chosen.name, chosen.exit_share, is_early=is_early)
 
     def close(self) -> None:
         """End the threads of the dispatcher."""
@@ -159,10 +171,17 @@ class Dispatcher:
                 loaded=shown.name in loaded,
                 measured_s=self._estimates.whole_s(candidate.route.digest, candidate.name),
                 drift=plan_drift(candidate, self._estimates),
+                exit=self._exit_state(candidate),
             )
             for shown, candidate in zip(state.candidates, model.candidates, strict=True)
         )
         return structs.replace(state, candidates=candidates)
+
+    def _exit_state(self, candidate: RouteCandidate) -> ExitState | None:
+        if self.exits is None or candidate.route.exit is None:
+            return None
+        share = self._estimates.exit_share(candidate.route.digest, candidate.name, candidate.exit_share)
+        return self.exits.state(candidate.route, share)
 
     def _answering(self, candidates: Sequence[RouteCandidate], *, loaded: frozenset[str]) -> Sequence[RouteCandidate]:
         """The candidates whose breakers allow a call; of these the loaded ones, if any."""

@@ -28,6 +28,8 @@ _COLD_LOAD_S = 0.001
 _WAIT_WEIGHT = 0.2
 # Weight of a call in a hop's stall, and the bound on one: beyond that a machine was paused, and no quota at work.
 _STALL_WEIGHT, _MAX_STALL = 0.05, 16.0
+# Of a share of requests that end at an exit: the planned one counts as so many of these, and the latest so many count.
+_PRIOR_EXITS, _LATEST_EXITS = 8, 64
 # Headers of a request and of a probe, with a gateway's.
 _HEADER_BYTES = 300
 
@@ -60,8 +62,13 @@ class _SegmentTimes:
 
 
 class _CandidateTimes:
-    def __init__(self) -> None:
+    def __init__(self, exit_share: float) -> None:
         self.preprocess, self.encode, self.whole = Median(), Median(), Median()
+        self.exit_share, self.exits_known = exit_share, _PRIOR_EXITS
+
+    def ended(self, *, is_early: bool) -> None:
+        self.exits_known = min(self.exits_known + 1, _LATEST_EXITS)
+        self.exit_share += (is_early - self.exit_share) / self.exits_known
 
 
 class Estimates:
@@ -124,20 +131,31 @@ class Estimates:
         self._link(hop).probed(times, _HEADER_BYTES, time.monotonic())
 
     def answered(
-        self, bundle: str, candidate: str, seconds: float, preprocess_s: float | None, encode_s: float
+        self, bundle: str, candidate: str, seconds: float, preprocess_s: float | None, encode_s: float | None
     ) -> None:
         """Learn from a request that took `seconds` along a candidate.
 
         `preprocess_s` and `encode_s` are the router's own work: making the input of a photo (None for a request of
-        tensors), and the codecs.
+        tensors), and the codecs (None for a request that ended before these).
         """
         with self._lock:
-            if (times := self._work.get((bundle, candidate))) is None:
-                times = self._work[bundle, candidate] = _CandidateTimes()
+            times = self._times_of(bundle, candidate)
             times.whole.add(seconds)
-            times.encode.add(encode_s)
+            if encode_s is not None:
+                times.encode.add(encode_s)
             if preprocess_s is not None:
                 times.preprocess.add(preprocess_s)
+
+    def met_exit(self, bundle: str, candidate: str, planned_share: float, *, is_early: bool) -> None:
+        """Learn whether a request along a candidate with an exit ended there; `planned_share` is the plan's."""
+        with self._lock:
+            self._times_of(bundle, candidate, planned_share).ended(is_early=is_early)
+
+    def exit_share(self, bundle: str, candidate: str, planned_share: float) -> float:
+        """The share of a candidate's latest requests that ended at its exit; the plan's before the first."""
+        with self._lock:
+            times = self._work.get((bundle, candidate))
+            return planned_share if times is None else times.exit_share
 
     def link(self, hop: str) -> LinkEstimate:
         """The estimate of the link to a hop."""
@@ -180,6 +198,11 @@ class Estimates:
     def whole_s(self, bundle: str, candidate: str) -> float | None:
         """Median seconds of the latest requests along a candidate; None where it was not taken yet."""
         return self._median(bundle, candidate, lambda times: times.whole)
+
+    def _times_of(self, bundle: str, candidate: str, exit_share: float = 0.0) -> _CandidateTimes:
+        if (times := self._work.get((bundle, candidate))) is None:
+            times = self._work[bundle, candidate] = _CandidateTimes(exit_share)
+        return times
 
     def _median(self, bundle: str, candidate: str, part: Callable[[_CandidateTimes], Median]) -> float | None:
         with self._lock:

@@ -56,13 +56,19 @@ class FallbackChain:
 
 
 def limited(context: Context, chosen: RouteCandidate, without: ChainWithout, expected_s: ExpectedSeconds) -> Context:
-    """The context of an attempt along `chosen`: each hop that a fallback does without is given up in time for it."""
+    """The context of an attempt along `chosen`: each hop that a fallback does without is given up in time for it.
+
+    So is a hop behind an exit whose unsure prediction would be the response.
+    """
     limits: dict[str, Deadline] = {}
     # A segment in this process is not given up: its errors are the request's own.
     for hop in {hop.name for hop in chosen.route.hops if hop.encodes}:
+        left_s, own_s = context.deadline.remaining(), expected_s(chosen)
         if chain := without(hop):
-            left_s = context.deadline.remaining()
-            limits[hop] = Deadline.after(allowed_s(left_s, expected_s(chosen), expected_s(chain[0])))
+            limits[hop] = Deadline.after(allowed_s(left_s, own_s, expected_s(chain[0])))
+        elif chosen.answers_unsure and hop != chosen.hops[0]:
+            # The exit's prediction is at hand, and takes no time.
+            limits[hop] = Deadline.after(allowed_s(left_s, own_s, None if own_s is None else 0.0))
     return replace(context, limits=limits) if limits else context
 
 

@@ -16,11 +16,17 @@ _MIN_DRIFT, _MAX_DRIFT = 1 / 8, 8.0
 
 
 class Expectation(NamedTuple):
-    """A candidate as expected now: seconds of a request alone, its demand, and its seconds on each resource."""
+    """A candidate as expected now: seconds of a request alone, its demand, and its seconds on each resource.
+
+    Of a candidate with an exit these are means: `further_s` is how much longer a request takes that passes the exit,
+    and `behind` the share of such requests, relative to the planned share.
+    """
 
     seconds: float
     demand: Demand
     busy: Busy
+    further_s: float = 0.0
+    behind: float = 1.0
 
 
 def forecast(candidates: Sequence[RouteCandidate], estimates: Estimates) -> tuple[Expectation, ...]:
@@ -33,7 +39,7 @@ def forecast(candidates: Sequence[RouteCandidate], estimates: Estimates) -> tupl
     pairs = list(zip(candidates, sides, strict=True))
     drift = (
         _drift((near.run_s, c.terms.edge_run) for c, (near, _) in pairs),
-        _drift((far.run_s, c.terms.cloud_run) for c, (_, far) in pairs),
+        _drift((_weighted(far.run_s, c.planned_behind), c.terms.cloud_run) for c, (_, far) in pairs),
     )
     return tuple(_expect(c, estimates, near, far, drift) for c, (near, far) in pairs)
 
@@ -43,8 +49,10 @@ def plan_drift(candidate: RouteCandidate, estimates: Estimates) -> float | None:
 
     Links and queues are left out: a drift means that the plan was made on other machines, or for another load.
     """
-    sides = _side(candidate, estimates, _NEAR), _side(candidate, estimates, _FAR)
-    live = _sum([side.run_s for side in sides if side.hop])
+    near, far = _side(candidate, estimates, _NEAR), _side(candidate, estimates, _FAR)
+    # Planned seconds behind an exit are those of a request weighted by its chance to get there.
+    runs = (near, near.run_s), (far, _weighted(far.run_s, candidate.planned_behind))
+    live = _sum([run_s for side, run_s in runs if side.hop])
     planned = candidate.terms.edge_run + candidate.terms.cloud_run
     return live / planned if live and planned else None
 
@@ -75,6 +83,10 @@ def _sum(seconds: Sequence[float | None]) -> float | None:
     return sum(known) if len(known) == len(seconds) else None
 
 
+def _weighted(seconds: float | None, share: float) -> float | None:
+    return None if seconds is None else share * seconds
+
+
 def _drift(pairs: Iterable[tuple[float | None, float]]) -> float:
     # A ratio of sums, since the shortest segments, whose overhead counts most, would decide a mean of ratios.
     known = [(live, planned) for live, planned in pairs if live and planned]
@@ -85,26 +97,48 @@ def _drift(pairs: Iterable[tuple[float | None, float]]) -> float:
 def _expect(
     candidate: RouteCandidate, estimates: Estimates, near: _Side, far: _Side, drift: tuple[float, float]
 ) -> Expectation:
-    terms, demand, key = candidate.terms, candidate.demand, (candidate.route.digest, candidate.name)
+    if candidate.route.exit is None:
+        return _at(candidate, estimates, near, far, drift, 1.0)
+    share = estimates.exit_share(candidate.route.digest, candidate.name, candidate.exit_share)
+    mean = _at(candidate, estimates, near, far, drift, 1 - share)
+    return mean._replace(further_s=_at(candidate, estimates, near, far, drift, 1.0).seconds - mean.seconds)
+
+
+def _at(
+    candidate: RouteCandidate,
+    estimates: Estimates,
+    near: _Side,
+    far: _Side,
+    drift: tuple[float, float],
+    behind: float,
+) -> Expectation:
+    """The expectation where the share `behind` of the requests pass the exit.
+
+    Live estimates are of requests that do; planned terms are means, by the planned share.
+    """
+    terms, key, scale = candidate.terms, (candidate.route.digest, candidate.name), behind / candidate.planned_behind
+    demand = candidate.demand.scaled(scale)
     edge_s = (
         _known(estimates.preprocess_s(*key), terms.preprocess)
-        + _known(estimates.encode_s(*key), terms.pack)
+        + _known(_weighted(estimates.encode_s(*key), behind), scale * terms.pack)
         + _known(near.busy_s, terms.edge_run * drift[_NEAR])
         + _near_hop_s(candidate, estimates, near.hop)
         + estimates.own_work.seconds
     )
-    cloud_s = _known(far.busy_s, terms.unpack + terms.cloud_run * drift[_FAR])
+    cloud_s = _known(_weighted(far.busy_s, behind), scale * (terms.unpack + terms.cloud_run * drift[_FAR]))
     up_s = down_s = rtt_s = 0.0
     if far.hop:
         link = estimates.link(far.hop)
-        up_s = _transfer_s(demand.up_bytes, link.up_bytes_s, terms.up, is_bound=link.is_bound)
-        down_s = _transfer_s(demand.down_bytes, link.down_bytes_s, terms.down)
+        up_s = _transfer_s(demand.up_bytes, link.up_bytes_s, scale * terms.up, is_bound=link.is_bound)
+        down_s = _transfer_s(demand.down_bytes, link.down_bytes_s, scale * terms.down)
         # The live round trip of a call is all but its transfers and the function's own time.
-        rtt_s = terms.rtt + terms.cloud_hop if link.rtt_s is None else max(1.0, demand.calls) * link.rtt_s
+        calls = max(behind, demand.calls)
+        rtt_s = scale * (terms.rtt + terms.cloud_hop) if link.rtt_s is None else calls * link.rtt_s
     seconds = edge_s + up_s + rtt_s + cloud_s + down_s
     edge_s *= estimates.stall(candidate.route.near or near.hop)
     cloud_s *= estimates.stall(far.hop)
-    return Expectation(seconds, demand._replace(edge_s=edge_s, cloud_s=cloud_s), Busy(edge_s, up_s, down_s, cloud_s))
+    busy = Busy(edge_s, up_s, down_s, cloud_s)
+    return Expectation(seconds, demand._replace(edge_s=edge_s, cloud_s=cloud_s), busy, behind=scale)
 
 
 def _near_hop_s(candidate: RouteCandidate, estimates: Estimates, hop: str) -> float:

@@ -11,7 +11,7 @@ import logging
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeAlias
@@ -27,7 +27,8 @@ from isthmus.codecs import EncodedTensor, Encoding, is_exact
 from isthmus.errors import IsthmusError
 from isthmus.pipeline import Result, Route, execute
 from isthmus.pipeline.agreement import agrees
-from isthmus.routing.idle_work import IdleWork, job_context
+from isthmus.routing.exit_guard import ExitGuard, ExitMetrics
+from isthmus.routing.idle_work import IdleWork, Job, job_context
 
 # Number of latest checks of a route that count, so that a drift shows.
 WINDOW = 500
@@ -43,7 +44,7 @@ RouteKey: TypeAlias = tuple[str, tuple[str, ...], tuple[tuple[str, str, float], 
 _FALLBACKS = (Choice("int8/1"), Choice("half/1"), RAW)
 
 
-class GuardMetrics(Protocol):
+class GuardMetrics(ExitMetrics, Protocol):
     """The function's metrics, as far as the guard reads and sets metrics."""
 
     def busy(self) -> float:
@@ -160,13 +161,21 @@ class Guard:
         self._states: LRUCache[RouteKey, GuardState] = LRUCache(MAX_ROUTES)
         self._unreadable: LRUCache[str, None] = LRUCache(MAX_ROUTES)  # bundles, so that the log names each once
         self._idle = IdleWork("guard", metrics.busy, log)
+        self.exits = ExitGuard(metrics, log, deadline_s=deadline_s)
 
     def close(self) -> None:
         """Stop checking; a check under way goes on to its end."""
         self._idle.close()
 
     def apply_fallback(self, route: Route) -> tuple[Route, Fallback]:
-        """The route with its fallback codec in force (unchanged at level 0), and the level."""
+        """The route with its fallback codec in force (unchanged at level 0), and the level; without a closed exit."""
+        if route.exit is None:
+            return self._apply_codec(route)
+        open_route, notes = self.exits.apply(route)
+        applied, fallback = self._apply_codec(open_route)
+        return applied, replace(fallback, notes={**fallback.notes, **notes}) if notes else fallback
+
+    def _apply_codec(self, route: Route) -> tuple[Route, Fallback]:
         if not route.encodings:
             return route, NO_FALLBACK
         with self._lock:
@@ -191,12 +200,15 @@ class Guard:
     ) -> None:
         """Draw whether this request is checked later; `route` is the route before `apply_fallback`."""
         encoded_names = {name for run in result.runs for name in run.codecs}
-        if not any(name in encoded_names and not is_exact(e) for each in route.encodings for name, e in each.items()):
-            return
-        if self._draw() >= self._share or self._idle.is_closed:
-            return
-        sample = Sample(route, inputs, encoded, result.outputs, fallback.level)
-        self._idle.offer(partial(self.check, sample))
+        jobs: list[Job] = []
+        if any(name in encoded_names and not is_exact(e) for each in route.encodings for name, e in each.items()):
+            # The raw request meets the exit as this one did, for the exit's scores may be a part of the prediction.
+            sampled = route if result.exit is not None else route.full()
+            jobs.append(partial(self.check, Sample(sampled, inputs, encoded, result.outputs, fallback.level)))
+        if (exit_job := self.exits.job(route, inputs, encoded, result)) is not None:
+            jobs.append(exit_job)
+        if jobs and self._draw() < self._share and not self._idle.is_closed:
+            self._idle.offer(partial(_all, jobs))
 
     def check(self, sample: Sample) -> None:
         """Run the request raw, compare the predictions, and fall back where the limit is exceeded beyond chance.
@@ -252,6 +264,11 @@ class Guard:
                     "the guard cannot read what was calibrated, and checks nothing", extra={"facts": facts}
                 )
             raise
+
+
+def _all(jobs: Sequence[Job]) -> None:
+    for job in jobs:
+        job()
 
 
 def _fallback_encoding(encoding: Encoding, choice: Choice) -> Encoding | None:

@@ -54,7 +54,9 @@ class RouteSelector:
         route = plan_route(digest, bundle, self._hops, cuts)
         if is_default and self._codec is not None:
             route = override_codec(route, self._codec, self._tables, self._measure)
-        return (RouteCandidate(route, name="default"),)
+        route = route.with_exit()
+        share = 0.0 if route.exit is None else route.exit.gate.share
+        return (self._at_exit(RouteCandidate(route, name="default", exit_share=share)),)
 
     def alternatives(self, digest: str, bundle: Bundle, selected: RouteCandidate) -> dict[str, RouteCandidate]:
         """Routes other than `selected`, by name."""
@@ -95,7 +97,17 @@ class RouteSelector:
         terms, seconds = (
             (candidate.predicted, candidate.seconds) if costs is None else (costs.per_token, candidate.per_token_s)
         )
-        return RouteCandidate(route, photo, candidate.name, demand, seconds, degradation, terms)
+        share = 0.0 if candidate.exit is None else candidate.exit.share
+        selected = RouteCandidate(route, photo, candidate.name, demand, seconds, degradation, terms, share)
+        return self._at_exit(selected)
+
+    def _at_exit(self, candidate: RouteCandidate) -> RouteCandidate:
+        """The candidate with its exit as the settings have it."""
+        if candidate.route.exit is None:
+            return candidate
+        if not self._settings.exits:
+            return replace(candidate, route=candidate.route.full())
+        return replace(candidate, answers_unsure=self._settings.exit_when_cut_off)
 
 
 def _raw(candidate: RouteCandidate) -> RouteCandidate:

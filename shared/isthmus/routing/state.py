@@ -32,6 +32,22 @@ class HopState(Struct, frozen=True):
     """Of these, the ones whose second was answered first."""
 
 
+class ExitState(Struct, frozen=True):
+    """The exit of a route: `share` of its latest requests ended there.
+
+    `checks` of the latest were compared with the full model; `disagreement` is the share of these with another
+    prediction, `limit` the share above which the guard closes the exit.
+    """
+
+    cut: str
+    threshold: float
+    share: float = 0.0
+    checks: int = 0
+    disagreement: float = 0.0
+    limit: float = 0.0
+    closed: bool = False
+
+
 class CandidateState(Struct, frozen=True):
     """A candidate route: its share of the present requests, and its seconds as expected now and as planned."""
 
@@ -51,6 +67,8 @@ class CandidateState(Struct, frozen=True):
     """Live over planned seconds of its segments, wherever they run; None without a plan, or before all have run."""
     fallbacks: dict[str, int] = {}
     """Requests that left this route for another, by the class of the error."""
+    exit: ExitState | None = None
+    """None for a route without an exit."""
 
 
 class ModelState(Struct, frozen=True):

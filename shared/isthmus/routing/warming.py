@@ -275,7 +275,10 @@ class Warming:
 
 def _keys(candidate: RouteCandidate) -> list[SegmentKey]:
     route = candidate.route
-    return [(hop.name, route.digest, segment.id) for segment, hop in zip(route.segments, route.hops, strict=True)]
+    keys = [(hop.name, route.digest, str(segment.id)) for segment, hop in zip(route.segments, route.hops, strict=True)]
+    if route.exit is not None:  # runs where the head does, in the same calls
+        keys.insert(1, (route.hops[0].name, route.digest, str(route.exit.segment.id)))
+    return keys
 
 
 def _load_order(model: ServedModel, first_hop: str) -> tuple[RouteCandidate, ...]:

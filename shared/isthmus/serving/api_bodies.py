@@ -142,7 +142,8 @@ class SegmentRunBody(Struct, omit_defaults=True):
 class RouteBody(Struct, omit_defaults=True):
     """The route of a prediction and its bytes over the link; `name` is the plan's candidate, `looks` closer looks.
 
-    `guard_…` are there while the guard has a safer codec in force.
+    `exit` is the cut where the request ended early, `exit_confidence` how sure the exit was, `exit_closed` the cut of
+    an exit that the guard closed. `guard_…` are there while the guard has a safer codec in force.
     """
 
     link_bytes: Bytes
@@ -150,6 +151,10 @@ class RouteBody(Struct, omit_defaults=True):
     photo_bytes: Bytes
     input_bytes: Bytes
     segments: list[SegmentRunBody]
+    # Only of routes with an exit.
+    exit: str = ""
+    exit_confidence: float = 0.0
+    exit_closed: str = ""
     # Only of routes with closer looks.
     looks: int = 0
     looks_ended: str = ""

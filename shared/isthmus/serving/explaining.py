@@ -28,7 +28,7 @@ from isthmus.settings import RouterSettings
 
 
 class Explainer:
-    """Explains predictions by occlusion along the model's route, without guard and closer looks."""
+    """Explains predictions by occlusion along the model's route, without guard, exit and closer looks."""
 
     def __init__(self, settings: RouterSettings, predictor: Predictor, images: ImageMemory) -> None:
         self._settings, self._predictor, self._images = settings, predictor, images
@@ -68,7 +68,7 @@ class Explainer:
             calls.append(time.perf_counter() - began)
             return result
 
-        occlusion = occlude(model.route.route, inputs, wanted, run, request.context.deadline)
+        occlusion = occlude(model.route.route.full(), inputs, wanted, run, request.context.deadline)
         request.timings.add("hidden", sum(calls[1:]))
         document = occlusion.document(model.labels)
         document["explanation"] |= {"part": part} if part else {}

@@ -88,6 +88,26 @@ class FunctionMetrics:
             ["outcome"],
             registry=r,
         )
+        self.exits = Counter(
+            "isthmus_exits",
+            "Answers of routes with an exit: taken there, unsure and so the full model's, or cut off behind it.",
+            ["outcome"],
+            registry=r,
+        )
+        self.exit_checks = Counter(
+            "isthmus_exit_checks",
+            "Answers of routes with an exit of which the guard knows the full model's; unsure ones are that.",
+            registry=r,
+        )
+        self.exit_disagreements = Counter(
+            "isthmus_exit_disagreements", "Of these, early answers that were not the full model's.", registry=r
+        )
+        self.exit_disagreement = Gauge(
+            "isthmus_exit_disagreement",
+            "Share of the latest checks that were not the same, of the exit where it is largest.",
+            registry=r,
+        )
+        self.exits_closed = Gauge("isthmus_exits_closed", "Exits that the guard closed.", registry=r)
         self.guard_checks = Counter(
             "isthmus_guard_checks", "Encoded answers compared with the raw answer to the same inputs.", registry=r
         )
@@ -121,6 +141,10 @@ class FunctionMetrics:
         self.closer_looks.inc(looks.count)
         self.looked_answers.labels(looks.outcome).inc()
 
+    def count_exit(self, outcome: str) -> None:
+        """Count a request that met an exit."""
+        self.exits.labels(outcome).inc()
+
     def count_call(self, hop: str, tensor_bytes: int, sent_bytes: int, received_bytes: int) -> None:
         """Count a call of a hop. Units: bytes."""
         self.hop_tensors.labels(hop).inc(tensor_bytes)
@@ -136,6 +160,16 @@ class FunctionMetrics:
         """Set the largest share of disagreements and the highest fallback level of all routes."""
         self.guard_disagreement.set(disagreement)
         self.guard_step.set(level)
+
+    def exit_checked(self, agreed: bool) -> None:
+        """Count a request of an exit's sample."""
+        self.exit_checks.inc()
+        self.exit_disagreements.inc(not agreed)
+
+    def exit_state(self, disagreement: float, closed: int) -> None:
+        """Set the largest share of disagreements of all exits, and how many exits are closed."""
+        self.exit_disagreement.set(disagreement)
+        self.exits_closed.set(closed)
 
     def busy(self) -> float:
         """Requests in flight."""

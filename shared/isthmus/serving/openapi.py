@@ -14,6 +14,7 @@ from werkzeug.routing import Map, Rule
 
 import isthmus
 from isthmus import errors
+from isthmus.context import EXIT_HEADER
 from isthmus.errors import HTTP_STATUS, IsthmusError
 from isthmus.oip import messages as oip
 from isthmus.pipeline.continuation import CONTENT_TYPE as CONTINUATION
@@ -69,6 +70,7 @@ _QUERY: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 _EXPLAINED = ("class", "grid", "output", "hidden_id")
 _HEADERS = {
     "X-Timeout": "a duration such as 1500ms; shortens the deadline",
+    EXIT_HEADER: "off for the full model: the request ends at no exit; on is the default",
     oip.HEADER_LENGTH: "length of the JSON before binary tensors",
     "Idempotency-Key": "the id of the call: a request that is repeated with it is the same call",
     "Last-Event-ID": "the last event that the reader of a stream has",
@@ -120,7 +122,7 @@ _INFER = Operation(
     _TENSOR_RESPONSE,
     ADMISSION + LOOKUP + EXECUTION,
     _TENSORS,
-    headers=("X-Timeout", oip.HEADER_LENGTH),
+    headers=("X-Timeout", EXIT_HEADER, oip.HEADER_LENGTH),
 )
 _EXPLAIN = Operation(
     "Which parts of a photo or of tokens decided, by occlusion behind the cut",
@@ -156,7 +158,7 @@ OPERATIONS: Mapping[str, Operation] = {
             "application/octet-stream": _BINARY,
         },
         query=("model", "top_k"),
-        headers=("X-Timeout", oip.HEADER_LENGTH),
+        headers=("X-Timeout", EXIT_HEADER, oip.HEADER_LENGTH),
     ),
     "continue": Operation(
         "The rest of a request whose tail could not be reached: the body of an earlier 503, and the whole's response",

@@ -29,6 +29,7 @@ from isthmus.processing.image import check_classifies, model_input
 from isthmus.processing.image_budget import ImageMemory
 from isthmus.routing import (
     DEGRADED_HEADER,
+    EXIT_HEADER,
     ROUTE_HEADER,
     Attempt,
     Comparison,
@@ -37,7 +38,7 @@ from isthmus.routing import (
     RouteCandidate,
     ServedModel,
 )
-from isthmus.serving.deferral import Deferred, Resumable, tail_wait, takes_continuation
+from isthmus.serving.deferral import CutOff, Deferred, Resumable, tail_wait, takes_continuation
 from isthmus.serving.error_responses import error_document
 from isthmus.serving.inference import InferenceRequest
 from isthmus.serving.metrics import FunctionMetrics, hop_label
@@ -242,12 +243,15 @@ class Predictor:
             Deferred: no exact route gave a result. A caller that takes a continuation gets no degraded answer, for it
                 can have the model's own later.
         """
+        if wants_full_model(request, inference.tensors):
+            attempt = without_exit(attempt)
         pin, resumable = request.headers.get(ROUTE_HEADER, ""), Resumable(attempt)
         exact_only = takes_continuation(request) and not inference.batch
         try:
             result = self._dispatcher.run(inference.model, request.context, pin, resumable, exact_only=exact_only)
         except HopError as e:
-            raise (resumable.deferred or e) from e
+            result = resumable.instead(e)
+            self._record(request, result)
         model = inference.model
         request.facts.update(model=model.name, version=model.version, route=result.route, degraded=result.degraded)
         # The photos of a batch may take several routes.
@@ -269,16 +273,14 @@ class Predictor:
 
         Raises:
             Deferred: a later hop gave no response, and the caller takes a continuation.
+            CutOff: a later hop gave no response, and the exit's unsure prediction may be the result.
             As `execute` otherwise.
         """
         route, fallback = self._guard.apply_fallback(selected.route)
         try:
             result = execute_resumably(route, inputs, request.context, encoded, tail_wait(request))
             if isinstance(result, Interruption):
-                if takes_continuation(request) and sizes is not None:
-                    self._count_error(result.error)
-                    raise Deferred(result, sizes)
-                raise result.error
+                raise self._interrupted(request, selected, result, sizes)
         except HopError as e:
             # The hop decoded the photo: its fault is the caller's, not the hop's.
             if encoded and isinstance(e, HopRejected) and (photo_error := _photo_error(e)) is not None:
@@ -286,8 +288,22 @@ class Predictor:
             self._count_error(e)
             raise
         self._record(request, result)
+        self._dispatcher.met_exit(selected, is_early=result.is_early)
         self._guard.watch(selected.route, fallback, inputs, encoded, result)
         return replace(result, notes=fallback.notes)
+
+    def _interrupted(
+        self, request: FunctionRequest, selected: RouteCandidate, met: Interruption, sizes: dict[str, int] | None
+    ) -> Exception:
+        """What to raise where a hop behind the first gave no response; errors that are no hop's are counted here."""
+        self._dispatcher.met_exit(selected, is_early=False)
+        if takes_continuation(request) and sizes is not None:
+            self._count_error(met.error)
+            return Deferred(met, sizes)
+        if selected.answers_unsure and (unsure := met.unsure()) is not None:
+            self._count_error(met.error)
+            return CutOff(met, unsure, selected.name)
+        return met.error
 
     def _record(self, request: FunctionRequest, result: Result) -> None:
         """Timings and metrics of a result."""
@@ -301,6 +317,8 @@ class Predictor:
             # A closer look sends more of the same tensors.
             tensor_bytes = run.raw_bytes if i < segments else 0
             self._metrics.count_call(self._hop_label(run.hop), tensor_bytes, run.sent_bytes, run.received_bytes)
+        if result.exit is not None:
+            self._metrics.count_exit("taken" if result.is_early else "cut_off" if result.degraded else "unsure")
         if (looks := result.closer_looks) is None:
             return
         self._metrics.count_looks(looks)
@@ -322,6 +340,23 @@ class Predictor:
 
     def _count_error(self, error: HopError) -> None:
         self._metrics.hop_errors.labels(self._hop_label(error.facts.get("hop", "")), type(error).__name__).inc()
+
+
+def wants_full_model(request: FunctionRequest, tensors: InferRequest | None) -> bool:
+    """Whether the caller asks for the model's own prediction, by the header Isthmus-Exit or the parameter isthmus.exit.
+
+    Raises:
+        RequestMalformed: the header is neither `on` nor `off`.
+    """
+    text = request.headers.get(EXIT_HEADER, "").strip().lower()
+    if text not in ("", "on", "off"):
+        raise RequestMalformed(f"{EXIT_HEADER} is {text[:40]!r}; it is on or off", header=EXIT_HEADER)
+    return text == "off" or (tensors is not None and not tensors.may_exit)
+
+
+def without_exit(attempt: Attempt) -> Attempt:
+    """The attempt along candidates without their exits."""
+    return lambda candidate, context: attempt(replace(candidate, route=candidate.route.full()), context)
 
 
 def stage_name(index: int, segments: int) -> str:

@@ -8,7 +8,7 @@ from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.context import Deadline
 from isthmus.errors import SettingsError
-from isthmus.pipeline import Hop
+from isthmus.pipeline import Hop, exit_branch
 from isthmus.registry import Registry, open_cache
 from isthmus.settings import RouterSettings, SegmentSettings
 
@@ -76,11 +76,14 @@ def open_drafts(settings: RouterSettings, registry: Registry, hop: Hop) -> Draft
 
 
 def preload(entries: tuple[str, ...], registry: Registry, store: SegmentStore) -> None:
-    """Load every entry; an entry in memory takes no time.
+    """Load every entry, a head with its exit; an entry in memory takes no time.
 
     Raises:
         RegistryError, SegmentError: the first that cannot be loaded.
     """
     for reference, segment in map(parse_entry, entries):
         resolved = registry.resolve(reference)
-        store.runner(resolved.digest, segment_id(resolved.bundle, segment), load_deadline())
+        wanted = segment_id(resolved.bundle, segment)
+        store.runner(resolved.digest, wanted, load_deadline())
+        if (branch := exit_branch(resolved.bundle, wanted.stop)) is not None and not wanted.start:
+            store.runner(resolved.digest, branch.segment.id, load_deadline())

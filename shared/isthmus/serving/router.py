@@ -67,7 +67,7 @@ class _RouterApp(FunctionApp):
         trials = CanaryTrials(self._registry, self.log)
         self._catalog = PermittedCatalog(self._registry, settings.refresh_s, self.log, routes, self._warming, trials)
         dispatcher = MeasuredDispatcher(hops, estimates, self._warming, self.log, settings.fallback)
-        dispatcher.tracing = self.tracing
+        dispatcher.tracing, dispatcher.exits = self.tracing, guard.exits
         routing_metrics = RoutingMetrics(settings)
         routing_metrics.measure(dispatcher)
         self.metrics.add(routing_metrics)

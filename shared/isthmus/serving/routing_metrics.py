@@ -182,6 +182,10 @@ _ROUTE_GAUGES: Mapping[str, tuple[str, Callable[[CandidateState], float | None]]
     "planned_seconds": ("Seconds of a request along a route, as planned.", lambda c: c.planned_s),
     "drift": ("Live over planned seconds of a route's segments, wherever they run.", lambda c: c.drift),
     "loaded": ("Whether every hop has a route's segments in memory.", lambda c: c.loaded),
+    "exit_share": (
+        "Share of a route's latest requests that ended at its exit.",
+        lambda c: None if c.exit is None else c.exit.share,
+    ),
     "degraded": ("Whether a route is further from the model than the plan's choice.", lambda c: bool(c.degraded)),
 }
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MIN_INTERVAL_S = 0.1
 _HOPS = ["hop", "breaker", "in flight", "calls", "failures", "round trip", "up", "down", "wait", "age"]
 _ROUTES = ["route", "share", "req/s", "expected ms", "measured ms", "planned ms", "drift", "requests", "failures"]
-_NOTES = ["memory", "degraded"]
+_NOTES = ["exit", "memory", "degraded"]
 
 
 def top(
@@ -134,9 +134,18 @@ def _route_row(model: ModelState, route: CandidateState) -> list[str]:
         "" if route.drift is None else f"×{route.drift:.2f}",
         str(route.requests),
         str(route.failures),
+        _exit(route),
         "loaded" if route.loaded else "not loaded",
         route.degraded,
     ]
+
+
+def _exit(route: CandidateState) -> str:
+    """The share of requests that end at the route's exit, or that the guard has closed it."""
+    if (met := route.exit) is None:
+        return ""
+    differing = f", {met.disagreement:.2%} of {met.checks} differ" if met.checks else ""
+    return f"closed at {met.cut}{differing}" if met.closed else f"{met.share:.0%} at {met.cut}{differing}"
 
 
 def _by_share(candidates: Iterable[CandidateState]) -> list[CandidateState]:

@@ -19,7 +19,7 @@ from isthmus.artifacts.profile import SegmentCost, Timing
 from isthmus.errors import ConstraintMalformed, Infeasible, PlanMismatch
 from isthmus.processing.image_spec import made_shape
 from isthmus_tools.figures.plan import GraphCurves
-from isthmus_tools.planner import enumeration
+from isthmus_tools.planner import offered
 from isthmus_tools.planner.choice import build_plan, choose, violations
 from isthmus_tools.planner.evaluation import Evaluator
 from isthmus_tools.planner.inputs import from_photos, random_inputs
@@ -86,7 +86,7 @@ def test_a_jpeg_of_a_calibrated_model_is_held_to_the_limit_of_its_codecs(
     photos: Published, monkeypatch: pytest.MonkeyPatch, limit: float, refused: str
 ) -> None:
     monkeypatch.setattr(
-        enumeration, "read_fidelity", lambda *_: replace(fidelity(subject_digest(photos.bundle)), limit=limit)
+        offered, "read_fidelity", lambda *_: replace(fidelity(subject_digest(photos.bundle)), limit=limit)
     )
     error = Error(0.5, 1, 1.0)
     monkeypatch.setattr(Evaluator, "photo_error", lambda *_: error)

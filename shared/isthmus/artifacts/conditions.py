@@ -79,8 +79,9 @@ class Constraints(Struct, frozen=True, forbid_unknown_fields=True):
     model input: no cut lies before these nodes, and no input is transmitted. `max_error` bounds `Error.relative`,
     `max_disagreement` the share of inputs with another prediction. Without `max_error`, MAX_ERROR applies to
     uncalibrated bundles, and calibrated bundles are accepted as measured. Of a language model `private_depth` counts
-    layers, `latency_s` is for a whole answer, `first_token_s` and `per_token_s` are for its parts. Units: bytes,
-    seconds.
+    layers, `latency_s` is for a whole answer, `first_token_s` and `per_token_s` are for its parts.
+    `private_ssim` bounds the similarity of an input to its reconstruction from boundary tensors, by the leak document.
+    Units: bytes, seconds.
 
     Raises:
         ConstraintMalformed: a negative or unsatisfiable constraint.
@@ -93,17 +94,16 @@ class Constraints(Struct, frozen=True, forbid_unknown_fields=True):
     max_disagreement: Share | None = None
     first_token_s: Amount | None = None
     per_token_s: Amount | None = None
+    private_ssim: Share | None = None
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             # Checked here as well as by the annotations: msgspec validates decoded documents, not constructor calls.
             if value is not None and not 0 <= value < math.inf:
                 raise ConstraintMalformed(f"the constraint {name} is {value}; it is 0 or more", what=name)
-        if self.max_disagreement is not None and self.max_disagreement > 1:
-            raise ConstraintMalformed(
-                f"the constraint max_disagreement is {self.max_disagreement}; a share is at most 1",
-                what="max_disagreement",
-            )
+        for name, most in (("max_disagreement", "a share"), ("private_ssim", "a similarity")):
+            if (value := getattr(self, name)) is not None and value > 1:
+                raise ConstraintMalformed(f"the constraint {name} is {value}; {most} is at most 1", what=name)
         for field in ("edge_memory_bytes", "latency_s", "first_token_s", "per_token_s"):
             if getattr(self, field) == 0:
                 raise ConstraintMalformed(f"the constraint {field} is 0; nothing runs in that", what=field)

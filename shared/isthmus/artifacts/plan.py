@@ -363,7 +363,7 @@ def to_json(plan: Plan) -> bytes:
         _drop_absent(candidate, "closer_looks", "generation", "exit")
         if not candidate["head"]:
             del candidate["head"]
-    _drop_absent(doc["constraints"], "first_token_s", "per_token_s")
+    _drop_absent(doc["constraints"], "first_token_s", "per_token_s", "private_ssim")
     _drop_absent(doc, "mix", "generation")
     data = canonical(doc)
     PLAN.check_size(len(data))

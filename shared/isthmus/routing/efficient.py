@@ -60,8 +60,9 @@ def degradation_of(candidate: Candidate, plan: Plan) -> str:
 
 
 def _leaks_input(candidate: Candidate, plan: Plan) -> bool:
-    """Whether the candidate sends the input although the plan has a private depth; no planner makes such a plan."""
-    return bool(plan.constraints.private_depth) and candidate.kind == "cloud"
+    """Whether the candidate sends the input although the plan keeps inputs private; no planner makes such a plan."""
+    bounds = plan.constraints
+    return (bounds.private_depth > 0 or bounds.private_ssim is not None) and candidate.kind == "cloud"
 
 
 def _is_always_kept(candidate: Candidate) -> bool:

@@ -69,6 +69,13 @@ def plan(
             help="So many first nodes, of a language model layers, run at the edge; no cut before them, no cloud-only."
         ),
     ] = 0,
+    private_ssim: Annotated[
+        float | None,
+        typer.Option(
+            help="Only cuts whose tensors give reconstructions at most this similar to the input, as isthmus leak"
+            " measured; no cloud-only."
+        ),
+    ] = None,
     max_error: Annotated[
         float | None, typer.Option(help="Largest relative error of the outputs. [default: 0.05, or calibrated]")
     ] = None,
@@ -158,6 +165,7 @@ def plan(
             constraints=Constraints(
                 edge_memory_bytes=int(read_option(parse_size, "--edge-memory", edge_memory)) if edge_memory else None,
                 private_depth=private_depth,
+                private_ssim=private_ssim,
                 latency_s=read_option(parse_duration, "--latency", latency) if latency else None,
                 max_error=max_error,
                 max_disagreement=max_disagreement,

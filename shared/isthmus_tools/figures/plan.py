@@ -128,6 +128,8 @@ def constraints_text(plan: Plan) -> str:
     bounds, texts = plan.constraints, []
     if bounds.private_depth:
         texts.append(f"raw inputs stay, the first {bounds.private_depth} nodes run at the edge")
+    if bounds.private_ssim is not None:
+        texts.append(f"inputs reconstructed to {bounds.private_ssim:g} at most")
     if bounds.edge_memory_bytes is not None:
         texts.append(f"at most {format_size(bounds.edge_memory_bytes)} at the edge")
     if bounds.latency_s is not None:

@@ -2,13 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Self
 
+from isthmus.artifacts.bundle import Blob, Bundle
 from isthmus.artifacts.choice import CODEC_IDS, INPUT_CODECS, RAW, RAW_ID, Choice
-from isthmus.artifacts.fidelity import Entry, Fidelity, offered
+from isthmus.artifacts.fidelity import Entry, Fidelity, offered, read_fidelity
+from isthmus.artifacts.leak import Leak, private_cuts, read_leak, revealed
 from isthmus.codecs import Codec, find_codec, is_exact
+from isthmus.errors import Missing
 
 _NEVER_OFFERED = INPUT_CODECS | {RAW_ID}
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The codecs on offer at the cuts of a bundle, by its calibration and by what boundary tensors may reveal.
+
+    With a `leak`, only cuts are on offer where reconstructions from raw tensors are at most `limit` similar to their
+    inputs: the guard compares with raw tensors, and so does a fallback end there.
+    """
+
+    fidelity: Fidelity | None
+    leak: Leak | None = None
+    limit: float = 1.0
+
+    @classmethod
+    def read(cls, bundle: Bundle, blob: Callable[[Blob], bytes], private_ssim: float | None = None) -> Self:
+        """The offer by the bundle's documents; the leak document is for `private_ssim` alone.
+
+        Raises:
+            Missing: a bound, and no leak document.
+            CalibrationError: a document is unreadable, or of another model.
+        """
+        fidelity = read_fidelity(bundle, blob)
+        if private_ssim is None:
+            return cls(fidelity)
+        if (leak := read_leak(bundle, blob)) is None:
+            raise Missing(
+                f"{bundle.name} has no leak document, and --private-ssim chooses cuts by it",
+                kind="leak",
+                name=bundle.name,
+                exists=[],
+                hint=f"measure first what its cuts reveal: isthmus leak {bundle.name} --data FOLDER",
+            )
+        return cls(fidelity, leak, private_ssim)
+
+    @property
+    def private_cuts(self) -> list[str]:
+        """The cuts that the bound allows, where there is one."""
+        return [] if self.leak is None else private_cuts(self.leak, self.limit)
+
+    def allows(self, cut: str) -> bool:
+        """Whether tensors of `cut` may be sent."""
+        return self.leak is None or cut in self.private_cuts
+
+    def codecs(self, cut: str) -> tuple[Choice, ...]:
+        """The codecs of `offered_codecs` that the bound allows; none at a cut that it does not allow."""
+        choices = offered_codecs(self.fidelity, cut)
+        if (leak := self.leak) is None:
+            return choices
+        # Chance in an attacker's training may put a codec above raw tensors, so that its own figure counts too.
+        shown = ((choice, revealed(leak, cut, choice)) for choice in (choices if self.allows(cut) else ()))
+        return tuple(choice for choice, similarity in shown if similarity is not None and similarity <= self.limit)
+
+    def notes(self, cuts: Iterable[str]) -> list[str]:
+        """Sentences on the cuts that the bound does not allow."""
+        if (leak := self.leak) is None:
+            return []
+        refused = {cut: revealed(leak, cut, RAW) for cut in cuts if not self.allows(cut)}
+        shown = [f"{cut} ({similarity:.2f})" for cut, similarity in refused.items() if similarity is not None]
+        unknown = [cut for cut, similarity in refused.items() if similarity is None]
+        rest = [f"the leak document has no cut {', '.join(unknown)}"] if unknown else []
+        above = [f"reconstructions are above {self.limit:g} at {', '.join(shown)}"] if shown else []
+        return [f"inputs stay at the edge by {leak.measure}, so cloud-only is no candidate", *above, *rest]
 
 
 def offered_codecs(fidelity: Fidelity | None, cut: str) -> tuple[Choice, ...]:

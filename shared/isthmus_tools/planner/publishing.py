@@ -54,7 +54,7 @@ def carry_over(plan: Plan, before: Bundle, after: Bundle, fidelity: Fidelity | N
     Further cuts, and tables of other tensors, leave the candidate unchanged. `fidelity` is that of `after`: at a cut
     with fidelity entries, the candidate's codec must be on offer.
     """
-    if not _runs_alike(plan.choice, before, after):
+    if not _runs_alike(plan.choice, before, after) or _reveals_otherwise(plan, before, after):
         return None
     for tensor, coding in plan.choice.codecs.items():
         if coding.codec == PHOTO_ID:
@@ -78,7 +78,7 @@ def renew(plan: Plan, before: Bundle, after: Bundle, previous: Fidelity | None, 
     graded = {c for c in choice.codecs.values() if c.codec != PHOTO_ID and find_codec(c.codec).calibrated}
     if len(choice.cuts) != 1 or len(graded) != 1 or choice.variant is not None:
         return None
-    if not _runs_alike(choice, before, after):
+    if not _runs_alike(choice, before, after) or plan.constraints.private_ssim is not None:
         return None
     coding, looks = next(iter(graded)), choice.looks.looks if choice.looks is not None else ()
     entry = _successor(fidelity, choice.cuts[0], Choice(coding.codec, coding.quality, looks))
@@ -124,8 +124,13 @@ def renew_exit(plan: Plan, before: Bundle, after: Bundle) -> Plan | None:
     if choice.exit is None or choice.exit.share >= 1 or choice.looks is not None or plan.objective in PRICED:
         return None
     gate = next((each.gate for each in after.exits if each.cut == choice.cuts[0]), None)
-    if gate is None or not _runs_alike(structs.replace(choice, exit=None), before, after):
+    if (
+        gate is None
+        or _reveals_otherwise(plan, before, after)
+        or not _runs_alike(structs.replace(choice, exit=None), before, after)
+    ):
         return None
+    # All terms behind the exit are proportional to the share that goes on.
     factor = (1 - gate.share) / (1 - choice.exit.share)
     behind = {name: factor * getattr(choice.predicted, name) for name in BEHIND_EXIT}
     lost = min(1.0, max(0.0, choice.error.disagreement - _lost_at_edge(choice, before)) + gate.bound)
@@ -139,6 +144,7 @@ def renew_exit(plan: Plan, before: Bundle, after: Bundle) -> Plan | None:
         up_bytes=round(factor * choice.up_bytes),
         down_bytes=round(factor * choice.down_bytes),
         error=Error(choice.error.relative, gate.inputs, lost, calibrated=choice.error.calibrated),
+        # A measurement has both ways in it, by the former share.
         measured=None,
     )
     reason = f"renewed after a new exit at {choice.cuts[0]}: {gate.share:.1%} of {gate.inputs} held-out inputs exit"
@@ -165,6 +171,12 @@ def _successor(fidelity: Fidelity, cut: str, choice: Choice) -> Entry | None:
         return same
     finer = [e for e in entries if not choice.looks and not e.looks and e.quality > choice.quality]
     return min(finer, key=lambda e: e.quality, default=None)
+
+
+def _reveals_otherwise(plan: Plan, before: Bundle, after: Bundle) -> bool:
+    """Whether the plan bounds reconstructions, and these were measured anew."""
+    # The new document may allow less; only a plan compares.
+    return plan.constraints.private_ssim is not None and before.leak != after.leak
 
 
 def _runs_alike(candidate: Candidate, before: Bundle, after: Bundle) -> bool:

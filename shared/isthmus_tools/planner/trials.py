@@ -9,7 +9,6 @@ from msgspec import structs
 
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import Choice
-from isthmus.artifacts.fidelity import Fidelity
 from isthmus.artifacts.plan import CloserLooks, Error
 from isthmus.artifacts.segment_id import SegmentId
 from isthmus.pipeline import PhotoInput, exit_branch
@@ -19,7 +18,7 @@ from isthmus_tools.budget import Budget, Pace
 from isthmus_tools.planner.candidates import CandidateSet, Option
 from isthmus_tools.planner.evaluation import Evaluation, Evaluator
 from isthmus_tools.planner.exit_trials import ExitTrial, try_exit
-from isthmus_tools.planner.offered import offered_codecs, short_name, split_name
+from isthmus_tools.planner.offered import Offer, short_name, split_name
 from isthmus_tools.planner.variant_trials import VariantTrials
 from isthmus_tools.progress import Progress
 
@@ -36,7 +35,7 @@ class Trials:
 
     candidates: CandidateSet
     evaluator: Evaluator
-    fidelity: Fidelity | None
+    offer: Offer
     progress: Progress
     budget: Budget
     jpeg_photos: Sequence[bytes] = ()
@@ -55,9 +54,12 @@ class Trials:
                 f"the first {depth} nodes and the inputs stay at the edge, so cloud-only is no candidate"
             )
             return
+        if self.offer.leak is not None:
+            # The input itself would cross; the offer's notes say so.
+            return
         self.progress("trying the whole model in the cloud")
         self._photo()
-        for choice in offered_codecs(self.fidelity, ""):
+        for choice in self.offer.codecs(""):
             option = Option(f"cloud-{short_name(choice)}", "cloud", (), choice)
             candidates.add(option, self.evaluator.cloud(choice))
 
@@ -72,7 +74,7 @@ class Trials:
                 return
             self.progress(f"trying the cut {cut}, {i + 1} of {len(cuts)}{pace.left(i)}")
             early = self._exit(cut)
-            for choice in offered_codecs(self.fidelity, cut):
+            for choice in self.offer.codecs(cut):
                 evaluation = self._split(cut, choice)
                 self.candidates.add(Option(split_name(cut, choice), "split", (cut,), choice), evaluation)
                 if early is not None and evaluation is not None:
@@ -83,7 +85,7 @@ class Trials:
     @property
     def variants(self) -> VariantTrials:
         """The trials of variants at the edge."""
-        return VariantTrials(self.candidates, self.evaluator, self.fidelity, self.progress, self.budget)
+        return VariantTrials(self.candidates, self.evaluator, self.offer, self.progress, self.budget)
 
     def _exit(self, cut: str) -> ExitTrial | None:
         bundle = self.candidates.bundle
@@ -115,8 +117,8 @@ class Trials:
         evaluation = self.evaluator.photo(target)
         if self.jpeg_photos:
             evaluation = replace(evaluation, error=self.evaluator.photo_error(target, self.jpeg_photos))
-        if self.fidelity is not None:
-            error, limit = evaluation.error, self.fidelity.limit
+        if (fidelity := self.offer.fidelity) is not None:
+            error, limit = evaluation.error, fidelity.limit
             agreement = 1 - error.disagreement
             refused = f"{agreement:.1%} of {error.inputs} photos agree, of {limit:.1%}" if agreement < limit else ""
             evaluation = replace(evaluation, error=structs.replace(error, calibrated=True), refused=refused)
@@ -124,7 +126,7 @@ class Trials:
 
     def _split(self, cut: str, choice: Choice) -> Evaluation | None:
         """A split's evaluation; the error is calibration's where available, over more inputs than a trial has."""
-        fidelity = self.fidelity
+        fidelity = self.offer.fidelity
         entry = next((e for e in fidelity.entries if e.cut == cut and e.choice == choice), None) if fidelity else None
         if fidelity is None or entry is None:
             return self.evaluator.split(cut, choice)
@@ -136,9 +138,9 @@ class Trials:
         return None if evaluation is None else replace(evaluation, error=error)
 
 
-def prepared_cuts(bundle: Bundle, fidelity: Fidelity | None) -> list[str]:
-    """The cuts that were calibrated, or have an exit or variants of the head: tried in any case."""
-    calibrated = fidelity.cuts() if fidelity is not None else ()
+def prepared_cuts(bundle: Bundle, offer: Offer) -> list[str]:
+    """The cuts that were calibrated or are private, or have an exit or variants of the head: tried in any case."""
+    calibrated = offer.fidelity.cuts() if offer.fidelity is not None else ()
     exits = [cut for cut in bundle.cuts if exit_branch(bundle, cut) is not None]
     heads = [cut for cut in bundle.cuts if bundle.variants_of(SegmentId(stop=cut))]
-    return list(dict.fromkeys((*calibrated, *exits, *heads)))
+    return list(dict.fromkeys((*calibrated, *offer.private_cuts, *exits, *heads)))

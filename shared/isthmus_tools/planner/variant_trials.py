@@ -8,14 +8,14 @@ from pathlib import Path
 
 from isthmus.artifacts.bundle import SegmentVariant
 from isthmus.artifacts.conditions import MAX_ERROR
-from isthmus.artifacts.fidelity import LIMIT, Fidelity
+from isthmus.artifacts.fidelity import LIMIT
 from isthmus.artifacts.plan import Error
 from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.registry import Registry, SegmentCache
 from isthmus_tools.budget import Budget
 from isthmus_tools.planner.candidates import CandidateSet, Option
 from isthmus_tools.planner.evaluation import Evaluation, Evaluator
-from isthmus_tools.planner.offered import offered_codecs, split_name
+from isthmus_tools.planner.offered import Offer, split_name
 from isthmus_tools.planner.variant import int8_variant
 from isthmus_tools.progress import Progress
 
@@ -28,7 +28,7 @@ class VariantTrials:
 
     candidates: CandidateSet
     evaluator: Evaluator
-    fidelity: Fidelity | None
+    offer: Offer
     progress: Progress
     budget: Budget
 
@@ -43,11 +43,15 @@ class VariantTrials:
 
     def heads(self, cut: str) -> None:
         """Evaluate the variants of the head at `cut` with every codec that is a candidate without a variant."""
-        for variant in self.candidates.bundle.variants_of(SegmentId(stop=cut)):
+        variants = self.candidates.bundle.variants_of(SegmentId(stop=cut))
+        if variants and self.offer.leak is not None:
+            self.candidates.notes.append(f"variants of the head at {cut} were left out: their leaks were not measured")
+            return
+        for variant in variants:
             head = variant.segment.id.variant
             with self.candidates.or_note(f"the head {variant.segment.id}"):
                 ratio = self.evaluator.head_ratio(cut, head)
-                for choice in offered_codecs(self.fidelity, cut):
+                for choice in self.offer.codecs(cut):
                     beside = self.candidates.evaluations.get(split_name(cut, choice))
                     # Closer looks were calibrated with the head as it was extracted.
                     if beside is None or choice.looks or (tried := self.evaluator.split(cut, choice, head)) is None:
@@ -75,7 +79,8 @@ class VariantTrials:
 
     def _judged(self, variant: SegmentVariant, evaluation: Evaluation, beside: Error) -> Evaluation:
         """The evaluation with the error of the variant's held-out inputs, beside that of the codec without it."""
-        limit = LIMIT if self.fidelity is None else self.fidelity.limit
+        fidelity = self.offer.fidelity
+        limit = LIMIT if fidelity is None else fidelity.limit
         lost = min(1.0, 1 - variant.agreement + beside.disagreement)
         # As for calibrated codecs the share of predictions decides, and no error of the outputs.
         is_measured = beside.calibrated or beside.relative <= MAX_ERROR

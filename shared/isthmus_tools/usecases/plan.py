@@ -10,7 +10,7 @@ from isthmus.artifacts.profile import Profile
 from isthmus.errors import ConstraintMalformed, RequestMalformed
 from isthmus.registry import open_cache, open_registry
 from isthmus_tools.planner.choice import build_plan, check_prices, sweep_links, with_measurements
-from isthmus_tools.planner.enumeration import enumerate_candidates
+from isthmus_tools.planner.enumeration import check_private, enumerate_candidates
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.function_urls import FunctionUrls
 from isthmus_tools.usecases.functions import measure_candidates
@@ -47,6 +47,8 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
         check_language_request(request, model.bundle)
         return plan_language_model(request, store, model, _profiles(request, progress), progress)
     _check_request(request)
+    # Profiling takes minutes: a document that is not there fails before.
+    check_private(store, model.bundle, request.constraints.private_ssim)
     kind, examples = example_requests(
         model.bundle, request.photos, request.tensors, random=_RANDOM_REQUESTS, samples=True
     )
@@ -64,6 +66,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
                 links=[request.conditions, *(sweep_links() if request.sweep else [])],
                 objective=request.objective,
                 private_depth=request.constraints.private_depth,
+                private_ssim=request.constraints.private_ssim,
                 edge_memory_bytes=request.constraints.edge_memory_bytes,
                 int8=request.int8,
                 jpeg_photos=further_photos(model.bundle, request.photos, request.tensors),
@@ -116,11 +119,13 @@ def check_inputs(request: PlanRequest) -> None:
     Raises:
         Missing, RequestError: as `plan`.
     """
-    bundle = open_registry(request.registry).resolve(request.model).bundle
+    store = open_registry(request.registry)
+    bundle = store.resolve(request.model).bundle
     if bundle.text is not None:
         check_language_request(request, bundle)
         return
     _check_request(request)
+    check_private(store, bundle, request.constraints.private_ssim)
     example_requests(bundle, request.photos, request.tensors, random=_RANDOM_REQUESTS)
 
 

@@ -110,6 +110,11 @@ def check_language_request(request: PlanRequest, bundle: Bundle) -> None:
         raise ConstraintMalformed(
             "codecs of a language model are judged by tokens: give --max-disagreement", what="max_error"
         )
+    if request.constraints.private_ssim is not None:
+        raise ConstraintMalformed(
+            "no leak document tells what a language model's hidden states reveal: give --private-depth",
+            what="private_ssim",
+        )
     if request.tensors:
         raise ConstraintMalformed("a language model runs on text: --input FILE", what="tensor")
     layers = DecoderLayers.of(bundle).count

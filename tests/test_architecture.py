@@ -58,7 +58,7 @@ TOOLS = {
     "calibration": {"graph", "budget", "array_files", "progress"},
     "learning": {"graph", "calibration", "profiling", "array_files", "budget", "progress"},
     "engine": {"parent_death"},
-    "figures": {"graph", "calibration", "planner", "profiling"},
+    "figures": {"graph", "calibration", "planner", "profiling", "learning"},
     "printable": set(),
 }
 TOOLS["usecases"] = set(TOOLS) - {"figures"}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from isthmus_tools.budget import Budget
     from isthmus_tools.graph.exporting import ModelInputs
+    from isthmus_tools.learning.training.config import read_config
     from isthmus_tools.progress import Progress
     from isthmus_tools.usecases.batch import BatchRequest, BatchResult, classify_photos
     from isthmus_tools.usecases.calibrate import CalibrateRequest, CalibrateResult, calibrate
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         publish,
     )
     from isthmus_tools.usecases.pull import PullRequest, PullResult, pull
+    from isthmus_tools.usecases.train import TrainRequest, TrainResult, train
     from isthmus_tools.usecases.trigger import PartCheck, TriggerRequest, check_trigger, run_trigger
     from isthmus_tools.usecases.verify import VerifyRequest, VerifyResult, verify
 
@@ -51,6 +53,8 @@ _NAMES = {
     "usecases.publication": ("Publication",),
     "usecases.publish": ("PromoteRequest", "PromoteResult", "PublishRequest", "PublishResult", "promote", "publish"),
     "usecases.pull": ("PullRequest", "PullResult", "pull"),
+    "usecases.train": ("TrainRequest", "TrainResult", "train"),
+    "learning.training.config": ("read_config",),
     "usecases.trigger": ("PartCheck", "TriggerRequest", "check_trigger", "run_trigger"),
     "usecases.verify": ("VerifyRequest", "VerifyResult", "verify"),
     "graph.exporting": ("ModelInputs",),
@@ -84,6 +88,8 @@ __all__ = [
     "PublishResult",
     "PullRequest",
     "PullResult",
+    "TrainRequest",
+    "TrainResult",
     "TriggerRequest",
     "VerifyRequest",
     "VerifyResult",
@@ -100,7 +106,9 @@ __all__ = [
     "promote",
     "publish",
     "pull",
+    "read_config",
     "run_trigger",
+    "train",
     "verify",
 ]
 

@@ -29,6 +29,7 @@ from support.paths import ROOT
 
 COMMANDS = [
     "import",
+    "train",
     "cuts",
     "cut",
     "models",

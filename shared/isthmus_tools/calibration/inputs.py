@@ -190,7 +190,8 @@ def _load(path: Path, specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
     except ValueError as e:
         raise CalibrationError(f"{e}", file=str(path)) from e
     if isinstance(loaded, Mapping):
-        return dict(loaded)
+        # Labels beside the inputs are for learning.
+        return {name: array for name, array in loaded.items() if name != "labels" or name in (s.name for s in specs)}
     if len(specs) != 1:
         raise CalibrationError(
             f"{path} holds one array, and the model takes {', '.join(s.name for s in specs)}",

@@ -23,6 +23,7 @@ from isthmus_tools.cli.termination import unwinding
 # With the first sentence of each help text, so that the list of commands imports no command.
 COMMANDS = {
     "import": "Import a model: its weights in one file, its segments as small graphs, all under one digest.",
+    "train": "Train a classifier: collect, clean, train, evaluate and publish, as a TOML file says.",
     "cuts": "List the cuts of a model along its graph: the boundary tensors, their bytes, and the work before them.",
     "cut": "Cut a bundle again and publish the result as its next version; no weights are copied. A plan stays in"
     " force.",

@@ -37,6 +37,7 @@ class ImportRequest:
     ready model brings its own. A language model or a sentence encoder (docs/how-to/language-models.md) is cut between
     layers, `cuts` are numbers of layers, and the fields about shapes, batches, photos and classes are not for it.
     `alias` moves to the new version, as in `publish_version`. With `if_absent` a model of that name stays unchanged.
+    `source` says more of where the model comes from, and becomes a part of the bundle's.
     """
 
     model: str
@@ -53,6 +54,7 @@ class ImportRequest:
     alias: str = "prod"
     drop_plan: bool = False
     if_absent: bool = False
+    source: Mapping[str, Any] = field(default_factory=dict)
 
 
 def import_model(request: ImportRequest, progress: Progress = silent) -> Publication:
@@ -152,6 +154,7 @@ def _declared(request: ImportRequest) -> dict[str, Any]:
     else:
         own = {"source": {"file": printable(Path(request.model).name)}}
     overrides = {"preprocess": request.preprocess, "postprocess": request.postprocess, "labels": request.labels}
+    own = {**own, "source": {**own["source"], **request.source}}
     return {**own, **{key: value for key, value in overrides.items() if value is not None}}
 
 

@@ -13,7 +13,7 @@ from isthmus_tools.learning.training.config import FitTable
 def augmented(inputs: Array, rows: Array, options: FitTable, seed: Sequence[int]) -> Array:
     """The inputs (count, channels, …) of the samples `rows`, changed as the options say; a new array.
 
-    A sample's draw depends on `seed` and its row alone, so that it is the same in whichever process it is trained.
+    A sample's draw depends on `seed` and its row alone, so that it is the same in every process.
     """
     changed = np.array(inputs, np.float32)
     if not options.shift and not options.mirror:

@@ -1,7 +1,7 @@
-"""Checkpoints of a training run: atomic files with a checksum, of which the last few stay.
+"""Checkpoints of a training run: atomic files with a checksum; the last few stay.
 
-A file is a line with the SHA-256 of what follows, then torch's archive of tensors and plain values; reading executes
-nothing of it. A file is written beside its place, synchronised and renamed, so that a kill leaves the one before.
+A file is a line with the SHA-256 of the rest, then torch's archive of tensors and plain values; reading executes no
+code. A file is written beside its place, synchronised and renamed, so that a kill leaves the file before.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ State = dict[str, Any]
 
 
 class Checkpoints:
-    """Checkpoints in `folder`, of which the last `keep` stay. `warn` gets a sentence about each damaged file.
+    """Checkpoints in `folder`, the last `keep` of these. `warn` gets a sentence about each damaged file.
 
-    `fingerprint` names configuration and data: a checkpoint of others is refused.
+    `fingerprint` names configuration and data: any other checkpoint is refused.
     """
 
     def __init__(self, folder: Path, keep: int, fingerprint: str, warn: Callable[[str], None] = lambda _: None) -> None:
@@ -60,11 +60,12 @@ class Checkpoints:
             raise LearningError(f"no checkpoint can be written to {self._folder}: {e.strerror or e}") from e
 
     def latest(self) -> State | None:
-        """The state of the newest whole checkpoint; a damaged one is skipped for the one before.
+        """The state of the newest whole checkpoint; a damaged file is skipped for the file before.
 
         Raises:
             LearningError: the newest whole checkpoint is of another configuration or of other data.
         """
+        # The newest first.
         for path in reversed(self._files()):
             try:
                 document = _read(path)
@@ -114,6 +115,7 @@ class Checkpoints:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    # Whole: a checkpoint fits in memory, as the network does.
     data = path.read_bytes()
     header, _, body = data.partition(b"\n")
     if header != _MAGIC + hashlib.sha256(body).hexdigest().encode():

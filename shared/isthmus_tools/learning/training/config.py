@@ -24,6 +24,8 @@ _MAX_BYTES = 256 * 2**10
 PAGE = "docs/reference/training.md"
 READY_NETWORKS = {"series": "convolutions", "image": "residual", "table": "dense"}
 """The ready network of each kind of data."""
+READY_CUTS = {"convolutions": "relu_3", "residual": "relu_3", "dense": "relu_1"}
+"""The tensor that a ready network's head gives, by its name in the exported graph."""
 # msgspec words its refusals so; a message of another form gets no advice.
 _UNKNOWN_KEY = re.compile(r"unknown field `([^`]+)`")
 _MISSING_KEY = re.compile(r"missing required field `([^`]+)`")
@@ -39,11 +41,11 @@ class _TrainingTable(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class FileSource(_TrainingTable, frozen=True, kw_only=True, tag_field="kind", tag="files"):
-    """Files below `path`: a folder, one file, or a folder of objects at s3://, gs://, az:// or hdfs://.
+    """Files below `path`: a folder, a file, or a folder of objects at s3://, gs://, az:// or hdfs://.
 
     A folder per class holds photos, CSV files of readings or .npy arrays. `.npz` files have their labels beside the
     inputs, `.ts` files are of the UCR archive, and a CSV file of a table has its label in the column `label`. `group`
-    is that table's column of groups, or a regular expression whose first group is found in a file's path.
+    is that table's column of groups, or a regular expression for a file's path, with the group in parentheses.
     """
 
     path: Text
@@ -57,8 +59,8 @@ class MqttSource(_TrainingTable, frozen=True, kw_only=True, tag_field="kind", ta
     """Readings that arrive by MQTT until `count` messages are there, or for `time`.
 
     `topic` has {label} at the level that names the class, and may have {group}: study/{group}/{label}. A payload is a
-    request of the Open Inference Protocol, or the readings as nested JSON lists. Messages are acknowledged once they
-    are on disk.
+    request of the Open Inference Protocol, or the readings as nested JSON lists. Messages are acknowledged once
+    on disk.
     """
 
     url: Text = "mqtt://127.0.0.1:1883"
@@ -83,6 +85,7 @@ class DataTable(_TrainingTable, frozen=True, kw_only=True):
     """
 
     kind: Annotated[str, matching("(series|image|table)")]
+    # More sources are a mistake of a generated file.
     sources: Annotated[tuple[Source, ...], Meta(min_length=1, max_length=64)]
     classes: tuple[str, ...] = ()
     input: Annotated[str, matching("[A-Za-z_][A-Za-z0-9_]{0,62}|")] = ""
@@ -103,7 +106,7 @@ class CleanTable(_TrainingTable, frozen=True, kw_only=True):
     `missing`: values that are NaN or infinite are filled (interpolated in series; the training part's median in
     tables), or their sample is dropped. Samples with more than `max_missing` of missing values are always dropped. An
     outlier lies farther outside the 1st to 99th percentile of its channel than `outlier_limit` times their distance;
-    `outliers` says what happens to a training or validation sample with one. Held-out samples are never dropped for it.
+    `outliers` is the fate of a training or validation sample with an outlier. Held-out samples stay.
     """
 
     missing: Annotated[str, matching("(fill|drop)")] = "fill"
@@ -114,14 +117,15 @@ class CleanTable(_TrainingTable, frozen=True, kw_only=True):
 
 
 class SplitTable(_TrainingTable, frozen=True, kw_only=True):
-    """Shares of the groups that validate and test; all samples of a group are in one part."""
+    """Shares of the groups that validate and test; all samples of a group stay together."""
 
+    # Of each class: a share of all would leave rare classes to chance.
     validation: Share = 0.15
     test: Share = 0.2
 
 
 class NetworkTable(_TrainingTable, frozen=True, kw_only=True):
-    """The network: a ready one, or `file.py:function`, which takes the input's shape and the number of classes.
+    """The network: a ready network, or `file.py:function`, a function of the input's shape and the number of classes.
 
     `width` channels (or units) inside a ready network, `bottleneck` at its cut, where activations leave the edge; by
     default a sixth of the width, or half of it for tables.
@@ -133,13 +137,14 @@ class NetworkTable(_TrainingTable, frozen=True, kw_only=True):
 
 
 class FitTable(_TrainingTable, frozen=True, kw_only=True):
-    """The loop: `batch` samples a step whatever the number of processes, at most `epochs` passes over the data.
+    """The loop: `batch` samples a step over all processes, at most `epochs` passes over the data.
 
     `patience` epochs without a lower validation loss end the training (0: never), and the best weights stay. `shift` is
     the largest random shift of a training sample (samples of a series, pixels of a photo). A checkpoint is written
     every `checkpoint_every` steps (0: once an epoch), and the last `keep` stay.
     """
 
+    # For some hundred samples; early stopping ends longer runs.
     epochs: Annotated[int, Meta(ge=1, le=10**6)] = 60
     batch: Annotated[int, Meta(ge=1, le=10**6)] = 32
     optimiser: Annotated[str, matching("(adamw|adam|sgd)")] = "adamw"
@@ -157,12 +162,13 @@ class FitTable(_TrainingTable, frozen=True, kw_only=True):
     patience: Natural = 15
     checkpoint_every: Natural = 0
     keep: Annotated[int, Meta(ge=1, le=1000)] = 3
+    # Names of torch.
     device: Annotated[str, matching("(cpu|cuda)(:[0-9]{1,2})?")] = "cpu"
     threads: Annotated[int, Meta(ge=1, le=1024)] = 1
 
 
 class PublishTable(_TrainingTable, frozen=True, kw_only=True):
-    """The version: its default `cuts`, and when `alias` moves to it: always, never, or if it is better.
+    """The version: its default `cuts`, and when `alias` moves: always, never, or for a better version.
 
     Better: the lower end of the paired 95% interval of the difference in `metric` to the version in service, on the
     same held-out data, is above 0.
@@ -175,7 +181,7 @@ class PublishTable(_TrainingTable, frozen=True, kw_only=True):
 
 
 class TrainConfig(_TrainingTable, frozen=True, kw_only=True):
-    """The whole file. `folder` takes what a run keeps; relative paths are relative to the configuration's folder."""
+    """The whole file. A run keeps its files in `folder`; relative paths are relative to the configuration's folder."""
 
     name: Text
     folder: str = ""
@@ -190,6 +196,12 @@ class TrainConfig(_TrainingTable, frozen=True, kw_only=True):
     @property
     def network_name(self) -> str:
         return self.network.name or READY_NETWORKS[self.data.kind]
+
+    @property
+    def cuts(self) -> tuple[str, ...]:
+        """The bundle's cuts: the configuration's, else where a ready network's head ends; none is the narrowest."""
+        ready = READY_CUTS.get(self.network_name)
+        return self.publish.cuts or ((ready,) if ready else ())
 
 
 def read_config(path: Path, environment: dict[str, str]) -> TrainConfig:
@@ -207,7 +219,7 @@ def read_config(path: Path, environment: dict[str, str]) -> TrainConfig:
     if len(data) > _MAX_BYTES:
         raise LearningError(f"{path} has more than {_MAX_BYTES} bytes: it is no configuration", file=str(path))
     config = parse_config(text, environment, str(path))
-    # As a shell started beside the file would read them, wherever the command runs.
+    # The file means the same wherever the command runs.
     folder = path.absolute().parent
     sources = tuple(_anchored(source, folder) for source in config.data.sources)
     own = str(folder / (config.folder or f".isthmus/training/{config.name}"))
@@ -220,7 +232,7 @@ def read_config(path: Path, environment: dict[str, str]) -> TrainConfig:
 
 
 def parse_config(text: str, environment: dict[str, str], name: str = "train.toml") -> TrainConfig:
-    """As `read_config`, from the file's text; paths stay as they are."""
+    """As `read_config`, from the file's text; paths are not changed."""
     try:
         config = msgspec.toml.decode(fill_variables(text, environment, name), type=TrainConfig, dec_hook=decode_unit)
     except ConfigurationMalformed as e:
@@ -234,7 +246,7 @@ def parse_config(text: str, environment: dict[str, str], name: str = "train.toml
 
 
 def _rules(config: TrainConfig) -> Iterator[tuple[bool, str, str]]:
-    """Rules between fields and in texts: whether each holds, its key, and the fault where it does not."""
+    """Rules between fields and in texts: whether each holds, its key, and the fault otherwise."""
     data, network = config.data, config.network_name
     yield is_model_name(config.name), "name", f"is {config.name!r}; use 1 to 63 of a-z, 0-9, '.', '_' and '-'"
     yield len(set(data.classes)) == len(data.classes), "data.classes", "names a class twice"
@@ -264,6 +276,7 @@ def _rules(config: TrainConfig) -> Iterator[tuple[bool, str, str]]:
 
 
 def _topic_rules(table: str, source: MqttSource, kind: str) -> Iterator[tuple[bool, str, str]]:
+    # Photos are files with names, and brokers bound the size of messages.
     names = _PLACEHOLDER.findall(source.topic)
     yield kind != "image", f"{table}.kind", "is mqtt; photos come from files"
     yield "label" in names, f"{table}.topic", "has no {label}, which says where the topic names the class"
@@ -272,7 +285,7 @@ def _topic_rules(table: str, source: MqttSource, kind: str) -> Iterator[tuple[bo
         f"{table}.topic",
         "has other placeholders than one {label} and one {group}",
     )
-    # A wildcard of several levels leaves open which level a placeholder stands for.
+    # A wildcard of several levels leaves the level of a placeholder open.
     yield "#" not in source.topic, f"{table}.topic", "has #; use + for levels of any text"
     yield source.time >= 0.1, f"{table}.time", "is less than 100ms"
 
@@ -286,7 +299,7 @@ def _anchored(source: Source, folder: Path) -> Source:
 
 
 def _advice(message: str) -> str:
-    """What to do about msgspec's message."""
+    """Advice for msgspec's message."""
     page = f"see {PAGE}"
     if (unknown := _UNKNOWN_KEY.search(message)) is not None:
         near = difflib.get_close_matches(unknown[1], _all_keys(), 1)

@@ -1,7 +1,7 @@
 """Networks: ready ones of two parts with a narrow boundary, the user's own, and normalisation in front of either.
 
 The ready networks have no batch statistics and no dropout, so that a batch gives the same gradients on any number of
-processes. The last convolution of each residual branch starts at zero, which trains without normalisation layers.
+processes. The last convolution of each residual branch starts at zero, so that no normalisation layers are needed.
 
 Source: Zhang et al., "Fixup Initialization", ICLR 2019.
 """
@@ -28,7 +28,7 @@ _MIN_STRIDED = 16
 
 
 class TwoPartNetwork(nn.Module):
-    """A head, whose few output channels are the boundary tensor, and a tail that gives a score for each class."""
+    """A head with few output channels, the boundary tensor, and a tail that gives a score for each class."""
 
     def __init__(self, head: nn.Module, tail: nn.Module) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Normalised(nn.Module):
             self.register_buffer("fill", torch.from_numpy(statistics.fill.copy()).reshape(shape))
 
     def normalised(self, inputs: Tensor) -> Tensor:
-        """What the network takes."""
+        """The inputs of the network behind the normalisation."""
         if self.has_fill:
             inputs = torch.where(torch.isnan(inputs), self.fill, inputs)
         return (inputs - self.mean) * self.scale
@@ -90,15 +90,15 @@ class _Pooled(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         # (batch, channels, positions)
         flat = inputs.flatten(2)
-        # The largest value tells short events, which a mean over a long series hides.
+        # The largest value tells short events; a mean over a long series hides these.
         return torch.cat([flat.mean(2), flat.amax(2)], 1)
 
 
 def make_network(options: NetworkTable, name: str, input_shape: Sequence[int], classes: int) -> nn.Module:
-    """The network `name`, from normalised inputs of `input_shape` to scores; it starts at torch's random state.
+    """The network `name`, from normalised inputs of `input_shape` to scores, with weights of torch's random state.
 
     Raises:
-        LearningError: no such function, or it gives no module that maps the inputs to (batch, classes).
+        LearningError: no such function, or no module from inputs to (batch, classes).
     """
     width = options.width
     bottleneck = options.bottleneck or max(4, width // (2 if name == "dense" else 6))
@@ -151,7 +151,7 @@ def _dense(features: int, width: int, bottleneck: int, classes: int) -> TwoPartN
 
 
 def _own_network(spec: str, input_shape: Sequence[int], classes: int) -> nn.Module:
-    """What the user's function gives; it executes the user's code."""
+    """The module of the user's function; executes the user's code."""
     file, _, function = spec.rpartition(":")
     if not Path(file).is_file():
         raise LearningError(f"network.name is {spec}, and there is no file {file}", key="network.name")
@@ -177,6 +177,7 @@ def _check(network: nn.Module, name: str, input_shape: Sequence[int], classes: i
     with torch.no_grad(), failures("torch", name):
         scores = network(torch.zeros(2, *input_shape))
     network.train()
+    # Scores of another shape would train, by broadcasting, to nonsense.
     if not isinstance(scores, Tensor) or tuple(scores.shape) != (2, classes):
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise LearningError(

@@ -1,4 +1,4 @@
-"""Labelled samples in memory: what cleaning makes of raw samples, and the parts that training takes."""
+"""Labelled samples in memory: raw samples of collection, and the parts that training takes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STATISTICS = ("mean", "scale", "fill")
 
 @dataclass(frozen=True)
 class RawSample:
-    """A sample as it was collected: float32 values, its class, and the group that it must not be parted from.
+    """A sample as collected: float32 values, its class, and its group, which is never split over parts.
 
     Shapes: a series (channels, length) of any length, a photo (3, height, width), or a table's row (features,).
     `origin` names file and row in messages; `part` is set where the source says so.
@@ -38,7 +38,7 @@ class RawSample:
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples of one shape: inputs (count, …) float32, labels (count,) int64 as indices of classes, and groups."""
+    """Samples of equal shape: inputs (count, …) float32, labels (count,) int64 as indices of classes, and groups."""
 
     inputs: Array
     labels: Array
@@ -48,14 +48,14 @@ class Samples:
         return len(self.labels)
 
     def rows(self, indices: Sequence[int] | Array) -> Samples:
-        """Those of the indices, in their order."""
+        """The samples at the indices, in the order of these."""
         index = np.asarray(indices, np.int64)
         return Samples(self.inputs[index], self.labels[index], tuple(self.groups[i] for i in index.tolist()))
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Per-channel statistics of the training part alone, which become the first nodes of the graph.
+    """Per-channel statistics of the training part alone: the first nodes of the graph.
 
     An input becomes (input - mean) * scale; `scale` is 0 for a channel that is constant in training. Missing values
     of a table are replaced by `fill` first. Shapes: (channels,).
@@ -68,7 +68,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The parts by name, the classes in the order of the labels, the statistics, and a report of what was dropped."""
+    """The parts by name, the classes in the order of the labels, the statistics, and a report of dropped samples."""
 
     parts: dict[str, Samples]
     classes: tuple[str, ...]
@@ -90,7 +90,7 @@ class PreparedData:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """The shape of one input, without the batch."""
+        """The shape of an input, without the batch."""
         return tuple(self.train.inputs.shape[1:])
 
     def digest(self) -> str:
@@ -100,16 +100,18 @@ class PreparedData:
         for name in PARTS:
             part = self.parts[name]
             for array in (part.inputs, part.labels):
-                # Shapes part one array from the next.
+                # Shapes mark where an array ends.
                 digest.update(f"{name} {array.dtype} {array.shape}".encode())
                 digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Write each part as an .npz file that `isthmus exits --data` and others read, and the rest as JSON."""
+        """Write each part as an .npz file that commands with --data read, and the rest as JSON."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, part in self.parts.items():
-            array_files.write_npz(folder / f"{name}.npz", {self.input_name: part.inputs, "labels": part.labels})
+            # (count, 1, …): batches of 1, the form that every command reads.
+            batches = {self.input_name: part.inputs[:, np.newaxis], "labels": part.labels}
+            array_files.write_npz(folder / f"{name}.npz", batches)
         statistics = {
             name: None if (array := getattr(self.statistics, name)) is None else array.tolist() for name in _STATISTICS
         }
@@ -120,12 +122,12 @@ class PreparedData:
             "statistics": statistics,
             "report": self.report,
         }
-        # Last: with it the stage is over.
+        # Last: this file ends the stage.
         write_whole(folder / DOCUMENT, json.dumps(document, indent=1).encode() + b"\n", mode=0o644)
 
 
 def read_prepared(folder: Path) -> PreparedData:
-    """What `PreparedData.write` wrote.
+    """Read the files of `PreparedData.write`.
 
     Raises:
         LearningError: absent or damaged.
@@ -135,7 +137,9 @@ def read_prepared(folder: Path) -> PreparedData:
         parts = {}
         for name in PARTS:
             arrays = array_files.read(folder / f"{name}.npz")
-            parts[name] = Samples(arrays[document["input"]], arrays["labels"], tuple(document["groups"][name]))
+            inputs = arrays[document["input"]][:, 0]
+            parts[name] = Samples(inputs, arrays["labels"], tuple(document["groups"][name]))
+        # JSON keeps float32 exactly: its numbers are float64.
         values = document["statistics"]
         fill = None if values["fill"] is None else np.array(values["fill"], np.float32)
         statistics = Statistics(np.array(values["mean"], np.float32), np.array(values["scale"], np.float32), fill)

@@ -30,7 +30,7 @@ _SCORED_ROWS = 1024
 
 
 class Processes(Protocol):
-    """The processes of a data-parallel run, of which this one is number `rank` of `size`."""
+    """The processes of a data-parallel run; this process is number `rank` of `size`."""
 
     rank: int
     size: int
@@ -46,7 +46,7 @@ class OneProcess:
     rank, size = 0, 1
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """The sum over one process is there already."""
+        """No-op: a single process has the sum."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class TrainingBatch:
 
 
 class Computation(Protocol):
-    """How a batch's gradients and an input's scores come about: in one network, or in the stages of a pipeline."""
+    """How a batch's gradients and an input's scores come about: in a whole network, or in the stages of a pipeline."""
 
     def backward(self, batch: TrainingBatch) -> Tensor:
         """Add the gradients of the weighted sum of losses to the parameters'; the sum, on this process's rows."""
@@ -110,7 +110,7 @@ class EpochResult:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The history, the epoch whose weights stay, the steps in all, and why the training ended."""
+    """The history, the epoch of the final weights, the steps in all, and why the training ended."""
 
     history: tuple[EpochResult, ...]
     best_epoch: int
@@ -121,7 +121,7 @@ class TrainingResult:
 
 @dataclass
 class _Position:
-    """Where a run is: `step` steps in all, `batches` of them in `epoch`."""
+    """The position of a run: `step` steps in all, `batches` of these in `epoch`."""
 
     epoch: int = 0
     batches: int = 0
@@ -158,7 +158,7 @@ class Trainer:
         self._checkpoints, self._progress = checkpoints, progress
         self._processes: Processes = processes or OneProcess()
         self._device = torch.device(options.device)
-        # Before the optimiser, which refers to the parameters where they are.
+        # Before the optimiser is built: an optimiser refers to parameters on their device.
         network.to(self._device)
         self.computation = computation or WholeNetwork(network, options.label_smoothing)
         self.parameters = [p for p in network.parameters() if p.requires_grad]
@@ -174,7 +174,7 @@ class Trainer:
     def run(self, *, resume: bool = False) -> TrainingResult:
         """Train until the last epoch or until validation stops improving; the network keeps the best weights.
 
-        With `resume` the run goes on from the newest whole checkpoint, if there is one.
+        With `resume` the run goes on from the newest whole checkpoint, if any.
 
         Raises:
             LearningError: the loss is not finite, or a checkpoint does not fit or cannot be written.
@@ -192,13 +192,14 @@ class Trainer:
             self._checkpoint_if_due(ends_epoch=True)
         best_epoch = self._at.epoch - 1
         if self._best:
+            # Of the epoch with the lowest validation loss.
             self.network.load_state_dict(self._best)
             best_epoch = self._at.best_epoch
         self.network.eval()
         return TrainingResult(tuple(self._at.history), best_epoch, self._at.step, stopped_early, resumed_at)
 
     def step(self, rows: Array) -> float:
-        """One step of the optimiser on the rows of a global batch; the batch's mean loss over all processes.
+        """A step of the optimiser on the rows of a global batch; the batch's mean loss over all processes.
 
         Raises:
             LearningError: the loss is not finite.
@@ -206,7 +207,7 @@ class Trainer:
         self.network.train()
         self.optimiser.zero_grad(set_to_none=False)
         for parameter in self.parameters:
-            # Every process adds a tensor for each parameter, also one whose rows gave none.
+            # Every process adds a tensor for each parameter, also a process without rows.
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         loss = self.computation.backward(self.batch(rows)).reshape(1)
         self._processes.add([loss, *(p.grad for p in self.parameters if p.grad is not None)])
@@ -228,7 +229,7 @@ class Trainer:
         """This process's part of a global batch: each `size`-th row, weighted by the whole batch."""
         train = self._data.train
         weights = self._class_weights[train.labels[rows]]
-        # Rows in turn: parts differ by one row at most.
+        # Rows in turn: parts differ by a single row at most.
         own = slice(self._processes.rank, None, self._processes.size)
         inputs = augmented(train.inputs[rows[own]], rows[own], self._options, (self._seed, self._at.epoch))
         return TrainingBatch(
@@ -239,11 +240,11 @@ class Trainer:
 
     def order(self, epoch: int) -> Array:
         """The training part's rows in the order of an epoch."""
-        # Of its own generator: drawing from the global one would depend on what was drawn before.
+        # Of its own generator: draws from the global generator depend on earlier draws.
         return np.random.default_rng([self._seed, epoch]).permutation(len(self._data.train))
 
     def scores_of(self, samples: Samples) -> Array:
-        """Scores (count, classes) of samples, by the network as it is."""
+        """Scores (count, classes) of samples, by the network's present weights."""
         self.network.eval()
         scores = []
         with torch.no_grad():
@@ -301,7 +302,8 @@ class Trainer:
             self._checkpoints.write(self._at.step, self.state())
 
     def state(self) -> State:
-        """All that a run needs to go on as if it had not stopped: tensors and plain values."""
+        """All that a run needs to go on as without an interruption: tensors and plain values."""
+        # A dictionary: torch reads no classes from archives without executing code.
         position = asdict(self._at)
         return {
             "position": position,
@@ -316,7 +318,7 @@ class Trainer:
         """Go on from a state.
 
         Raises:
-            LearningError: it is of another network.
+            LearningError: the state is of another network.
         """
         try:
             self.network.load_state_dict(state["network"])
@@ -330,7 +332,7 @@ class Trainer:
         _restore_random_state(state["random"])
 
     def _resume(self) -> int:
-        """Restore the newest whole checkpoint; its step, 0 without one."""
+        """Restore the newest whole checkpoint; its step, 0 without a checkpoint."""
         state = self._checkpoints.latest() if self._checkpoints is not None else None
         if state is None:
             return 0

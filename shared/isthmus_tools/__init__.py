@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from isthmus_tools.progress import Progress
     from isthmus_tools.usecases.batch import BatchRequest, BatchResult, classify_photos
     from isthmus_tools.usecases.calibrate import CalibrateRequest, CalibrateResult, calibrate
+    from isthmus_tools.usecases.compress import CompressRequest, CompressResult, compress
     from isthmus_tools.usecases.cut import CutList, CutRequest, CutResult, cut, list_cuts
     from isthmus_tools.usecases.function_urls import FunctionUrls
     from isthmus_tools.usecases.local_functions import local_functions
@@ -42,6 +43,7 @@ _NAMES = {
     "progress": ("Progress",),
     "usecases.batch": ("BatchRequest", "BatchResult", "classify_photos"),
     "usecases.calibrate": ("CalibrateRequest", "CalibrateResult", "calibrate"),
+    "usecases.compress": ("CompressRequest", "CompressResult", "compress"),
     "usecases.cut": ("CutList", "CutRequest", "CutResult", "cut", "list_cuts"),
     "usecases.function_urls": ("FunctionUrls",),
     "usecases.local_functions": ("local_functions",),
@@ -66,6 +68,8 @@ __all__ = [
     "Budget",
     "CalibrateRequest",
     "CalibrateResult",
+    "CompressRequest",
+    "CompressResult",
     "CutList",
     "CutRequest",
     "CutResult",
@@ -96,6 +100,7 @@ __all__ = [
     "calibrate",
     "check_trigger",
     "classify_photos",
+    "compress",
     "cut",
     "import_model",
     "list_cuts",

@@ -197,7 +197,20 @@ def test_inputs_of_any_name_are_given_by_file(tmp_path: Path) -> None:
 def test_every_command_with_cuts_has_the_same_option() -> None:
     helps = {name: "".join(isthmus(name, "--help").stdout.replace("│", "").split()) for name in COMMANDS}
     assert {name for name, text in helps.items() if "".join(SYNTAX.split()) in text} == {
-        *("import", "cut", "calibrate", "codec", "draft", "profile", "infer", "why", "package", "chat")
+        *(
+            "import",
+            "cut",
+            "calibrate",
+            "codec",
+            "draft",
+            "exits",
+            "compress",
+            "profile",
+            "infer",
+            "why",
+            "package",
+            "chat",
+        )
     }
 
 

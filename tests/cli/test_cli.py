@@ -67,6 +67,7 @@ COMMANDS = [
     "codec",
     "draft",
     "exits",
+    "compress",
     "profile",
     "plan",
     "explain",

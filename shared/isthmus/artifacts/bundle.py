@@ -130,8 +130,10 @@ class SegmentVariant(Struct, frozen=True, forbid_unknown_fields=True):
     """Another graph of one of the bundle's segments, compressed: `FROM..TO~NAME`, its weights inside the graph.
 
     It takes and gives the tensors of the segment that it stands for. `method` says how it was made. `agreement` is the
-    share of `inputs` held-out inputs with the whole model's prediction. Units: `seconds_ratio` is its run over the
-    segment's own on the machine that measured; `memory_bytes` what its session takes.
+    share of `inputs` held-out inputs with the whole model's prediction, `low` and `high` its Wilson interval at 95%,
+    `error` the RMS of its outputs' difference from the segment's over the RMS of the segment's, of the worst tensor.
+    Units: `seconds` is the median run on the machine that measured, on one thread, and `seconds_ratio` that over the
+    segment's own; `memory_bytes` is the graph and the runtime's arena.
     """
 
     segment: Segment
@@ -140,6 +142,15 @@ class SegmentVariant(Struct, frozen=True, forbid_unknown_fields=True):
     inputs: Count
     seconds_ratio: Amount = 0.0
     memory_bytes: Count = 0
+    low: Share = 0.0
+    high: Share = 1.0
+    error: Amount = 0.0
+    seconds: Amount = 0.0
+
+    @property
+    def name(self) -> str:
+        """The name behind the segment's id."""
+        return self.segment.id.variant
 
 
 class Cut(Struct, frozen=True, forbid_unknown_fields=True):

@@ -68,7 +68,7 @@ def _check_served(bundle: Bundle) -> None:
         RegistryError: a segment without outputs, a dtype without an encoding in requests, or a malformed processing
             spec.
     """
-    if mute := next((s.id for s in bundle.segments.values() if not s.outputs), None):
+    if mute := next((s.id for s in bundle.runnable.values() if not s.outputs), None):
         raise RegistryError(f"bundle {bundle.name}: segment {mute} has no outputs")
     if unsupported := next((s for s in (*bundle.inputs, *bundle.outputs) if s.dtype not in DTYPE_NAMES), None):
         raise RegistryError(
@@ -104,7 +104,7 @@ def check_weights(bundle: Bundle) -> None:
             f" {end}"
         )
     count = len(bundle.weights.tensors)
-    for s in bundle.segments.values():
+    for s in bundle.runnable.values():
         last = 0
         for start, stop in s.weights:
             # Ascending and disjoint, so that a segment never lists more weights than the bundle has.

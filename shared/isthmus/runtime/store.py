@@ -382,7 +382,9 @@ class SegmentStore:
 
 
 def _weight_bytes(bundle: Bundle, segment: Segment) -> int:
-    return sum(t.length for t in bundle.weight_ranges(segment))
+    # The weights of a variant, and of a classifier's exit, lie in its graph.
+    own = 0 if segment.weights else segment.graph.size
+    return own + sum(t.length for t in bundle.weight_ranges(segment))
 
 
 def _content(bundle: Bundle, segment: Segment) -> str:

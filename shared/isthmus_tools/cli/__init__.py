@@ -33,6 +33,8 @@ COMMANDS = {
     "redact": "Publish what the router redacts in a model's photos or texts before anything of them leaves the edge.",
     "draft": "Fit an exit branch to a language model's cut; it drafts tokens at the edge. Publishes the next version.",
     "exits": "Fit early exits to a classifier's cuts: clear inputs are answered at the edge, with a bound on the risk.",
+    "compress": "Compress a head for the edge: int8, pruned channels, and more; each measured. Publishes the next"
+    " version.",
     "models": "List the models of a registry: what serves, when it was published, whether it is calibrated, its plan.",
     "versions": "List the versions of a model, what its aliases mean, and who moved them when.",
     "show": "Show a version of a model: its inputs, cuts, calibration and plan.",

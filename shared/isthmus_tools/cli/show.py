@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from isthmus.artifacts.json_documents import builtins
 from isthmus.units import format_size
 from isthmus_tools.cli.completion import complete_models
 from isthmus_tools.cli.console import errors, print_json, say, say_command
@@ -67,6 +68,7 @@ def _document(version: VersionSummary) -> dict[str, Any]:
         "outputs": tensor_documents(bundle.carried(bundle.outputs)),
         "cuts": sorted(bundle.cuts),
         "default_cuts": list(bundle.default_cuts),
+        "variants": [builtins(each) for each in bundle.variants],
         "calibrated": list(version.calibrated),
         "plan": version.plan,
         "redaction": "" if bundle.redaction is None else bundle.redaction.sentence(),
@@ -98,4 +100,9 @@ def _show(version: VersionSummary) -> None:
     # By position or layer: the order of names would put layer_10 before layer_5.
     cuts = sorted(bundle.cuts.values(), key=lambda cut: (cut.macs_before, cut.name))
     say(f"weights {format_size(bundle.weights.blob.size)}; cuts {', '.join(cut.name for cut in cuts) or 'none'}")
+    for each in bundle.variants:
+        say(
+            f"{each.segment.id}: {each.method}; {format_size(each.segment.graph.size)}, {each.seconds_ratio:.2f} of the"
+            f" segment's time, {each.agreement:.1%} of {each.inputs} predictions the same"
+        )
     say(f"calibrated: {cuts_text(version.calibrated)}; plan: {version.plan or 'none'}")

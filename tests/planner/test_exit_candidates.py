@@ -27,7 +27,8 @@ from support.bundles import publish_photos, segment_settings, served
 from support.calibrated_photos import no_variant, remote
 from support.candidate_sets import LINK, evaluated
 from support.closer_looks import LOOKED
-from support.edge_extras import GATE, with_exit, with_variants
+from support.edge_extras import BOUND, with_served_exit, with_variants
+from support.exits import gate_of
 from support.patience import least
 from support.plans import candidate
 
@@ -37,7 +38,7 @@ THERE = Conditions(3e5, 7e5, 0.08)
 @pytest.fixture(scope="module")
 def candidate_set(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CandidateSet]:
     folder = tmp_path_factory.mktemp("extras")
-    published = with_variants(with_exit(publish_photos(folder), folder), folder)
+    published = with_variants(with_served_exit(publish_photos(folder), folder), folder)
     with evaluated(published, examples=random_inputs(published.bundle, 3), kind="random", max_cuts=1) as made:
         yield made
 
@@ -76,8 +77,8 @@ def test_the_error_of_an_exit_is_its_bound_beside_that_of_the_codec(candidate_se
     found = planned(candidate_set)
     early = found["split-6-raw-exit"]
     assert early.error.calibrated
-    assert early.error.inputs == GATE.inputs
-    assert early.error.disagreement == GATE.bound
+    assert early.error.inputs == 400
+    assert early.error.disagreement == BOUND
     assert not violations(early, Constraints(max_disagreement=0.02))
     assert [v.constraint for v in violations(early, Constraints(max_disagreement=0.01))] == ["max-disagreement"]
     # A codec that was not calibrated is judged as without an exit.
@@ -99,7 +100,7 @@ def test_enough_inputs_of_the_planner_tell_the_share_that_exits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("isthmus_tools.planner.exit_trials.MIN_INPUTS", 12)
-    published = with_exit(publish_photos(tmp_path), tmp_path, replace(GATE, threshold=250.0), seed=1)
+    published = with_served_exit(publish_photos(tmp_path), tmp_path, 0.999, wrong=True)
     inputs = random_inputs(published.bundle, 12)
     with evaluated(published, examples=inputs, kind="random", max_cuts=1) as made:
         early = planned(made)["split-6-raw-exit"]
@@ -142,7 +143,7 @@ def test_closer_looks_behind_an_exit_are_no_more_than_travel() -> None:
     looks = CloserLooks.of("logits", LOOKED.looks, (0.4,))
     sent = (TransferCosts(1000, 100, 1.0, 2.0), TransferCosts(2000, 100, 3.0, 4.0))
     split = Evaluation(error=Error(0.1, 200, 0.007, calibrated=True), looks=looks, transfers=sent)
-    trial = ExitTrial(GATE, PlannedExit(0.75, 400), 0.01, CallBytes(1, 2), 0.5)
+    trial = ExitTrial(gate_of(0.5, inputs=400), PlannedExit(0.75, 400), 0.01, CallBytes(1, 2), 0.5)
     early = trial.applied(split.weighted((1.0, 0.4)))
     assert early.looks is not None
     assert early.looks.shares == (0.25,)
@@ -171,7 +172,7 @@ def test_the_best_split_with_an_exit_is_measured_beside_the_best_without(candida
 
 
 def test_a_measurement_goes_both_ways_and_weights_them_by_the_share_that_exits(tmp_path: Path) -> None:
-    published, pause_s, calls = with_exit(publish_photos(tmp_path), tmp_path), 0.2, list[int]()
+    published, pause_s, calls = with_served_exit(publish_photos(tmp_path), tmp_path), 0.2, list[int]()
     app = create_segment_app(segment_settings(published, tmp_path / "cache"))
 
     def slow(environ: Any, start_response: Any) -> Any:

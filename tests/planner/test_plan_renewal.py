@@ -14,7 +14,7 @@ from isthmus.artifacts.fidelity import Fidelity
 from isthmus.artifacts.plan import Coding, Error, Measured, Plan, PlannedExit, Sources, Terms
 from isthmus_tools.planner.publishing import carry_over, renew, renew_exit
 from support.bundles import Published, publish_photos
-from support.edge_extras import GATE, with_exit, with_variants
+from support.edge_extras import BOUND, with_served_exit, with_variants
 from support.fidelities import entry, fidelity
 from support.plans import candidate, plan_for
 
@@ -92,7 +92,7 @@ TERMS = Terms(0.001, 0.01, 0.002, 0.0002, 0.02, 0.02, 0.004, 0.0002, 0.004, 0.00
 
 def early(published: Published, **changes: Any) -> Plan:
     """A plan of a split at 6 with its exit, of which three in four requests go no further."""
-    error = Error(0.1, 400, GATE.bound + 0.005, calibrated=True)
+    error = Error(0.1, 400, BOUND + 0.005, calibrated=True)
     facts: dict[str, Any] = {"cuts": ("6",), "predicted": TERMS, "up_bytes": 100, "error": error, "measured": MEASURED}
     return plan_for(
         published.bundle, candidate(**{"name": "s", "kind": "split", "exit": PlannedExit(0.75, 400)} | facts | changes)
@@ -100,8 +100,8 @@ def early(published: Published, **changes: Any) -> Plan:
 
 
 def test_an_exit_fitted_anew_renews_the_plan_by_its_own_share(photos: Published, tmp_path: Path) -> None:
-    before = with_exit(photos, tmp_path)
-    after = with_exit(photos, tmp_path, structs.replace(GATE, exiting=200, bound=0.01), seed=1)
+    before = with_served_exit(photos, tmp_path)
+    after = with_served_exit(photos, tmp_path, exiting=200, bound=0.01, wrong=True)
     plan = early(before)
     assert carry_over(plan, before.bundle, before.bundle, None) == plan
     assert carry_over(plan, before.bundle, after.bundle, None) is None
@@ -120,7 +120,7 @@ def test_an_exit_fitted_anew_renews_the_plan_by_its_own_share(photos: Published,
 
 
 def test_a_plan_whose_exit_is_gone_or_breaks_a_bound_has_no_successor(photos: Published, tmp_path: Path) -> None:
-    before, worse = with_exit(photos, tmp_path), with_exit(photos, tmp_path, structs.replace(GATE, bound=0.05), seed=2)
+    before, worse = with_served_exit(photos, tmp_path), with_served_exit(photos, tmp_path, bound=0.05, wrong=True)
     plan = early(before)
     assert carry_over(plan, before.bundle, photos.bundle, None) is None
     assert renew_exit(plan, before.bundle, photos.bundle) is None
@@ -133,7 +133,7 @@ def test_a_plan_whose_exit_is_gone_or_breaks_a_bound_has_no_successor(photos: Pu
 
 
 def test_tables_learned_anew_renew_an_exit_with_its_bound_beside_the_codecs(photos: Published, tmp_path: Path) -> None:
-    before = with_exit(photos, tmp_path)
+    before = with_served_exit(photos, tmp_path)
     plan = early(before, codecs={"p6": Coding("transform/4", 0.5)}, name="split-6-transform-50-exit")
     later = structs.replace(
         fidelity(subject_digest(before.bundle)),
@@ -142,7 +142,7 @@ def test_tables_learned_anew_renew_an_exit_with_its_bound_beside_the_codecs(phot
     renewed = renew(plan, before.bundle, before.bundle, None, later)
     assert renewed is not None
     assert renewed.chosen == "split-6-transform-60-exit"
-    assert renewed.choice.error.disagreement == pytest.approx(0.005 + GATE.bound)
+    assert renewed.choice.error.disagreement == pytest.approx(0.005 + BOUND)
     assert renewed.choice.exit == plan.choice.exit
 
 

@@ -20,7 +20,7 @@ from isthmus_tools.planner.publishing import carry_over
 from support.bundles import Published, publish_photos
 from support.candidate_sets import LINK, evaluated
 from support.cli import isthmus
-from support.edge_extras import extended, with_exit, with_variants
+from support.edge_extras import extended, with_served_exit, with_variants
 from support.plans import candidate, plan_for
 
 
@@ -46,7 +46,7 @@ def _likeness(similarity: float) -> Likeness:
 
 
 def test_only_cuts_that_reveal_little_are_candidates_and_no_input_is_sent(tmp_path: Path) -> None:
-    published = with_variants(with_exit(publish_photos(tmp_path), tmp_path), tmp_path)
+    published = with_variants(with_served_exit(publish_photos(tmp_path), tmp_path), tmp_path)
     published = revealing(published, tmp_path, cut_1=0.9, cut_3=0.5, cut_6=0.2)
     with evaluated(published, private_ssim=0.3, max_cuts=2) as made:
         found = {c.name: c for c in made.predict(LINK)}

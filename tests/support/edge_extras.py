@@ -1,4 +1,4 @@
-"""The small model for photos with an exit and with a compressed head, made by hand: nothing is learned."""
+"""The small model for photos with an exit that serves, and with a compressed head; nothing is learned."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 import onnx
 from msgspec import structs
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
-from isthmus.artifacts.bundle import Blob, Bundle, Exit, Segment, SegmentVariant, digest_of
-from isthmus.artifacts.gate import EXIT_CONFIDENCE, EXIT_SCORES, Gate
+from isthmus.artifacts.bundle import Blob, Bundle, Segment, SegmentVariant, digest_of
 from isthmus.artifacts.segment_id import SegmentId
-from isthmus.artifacts.tensors import TensorSpec
-from support.bundles import Published, save, value, weight
+from support.bundles import Published
+from support.exits import with_exit
 
-GATE = Gate("logits", 0.0, "disagreement", 0.02, 0.95, inputs=400, exiting=300, failing=2, bound=0.0175)
-"""Of held-out inputs three in four exited."""
+BOUND = 0.0175
+"""Of the gate of `with_served_exit`."""
 
 
 def extended(published: Published, bundle: Bundle, files: dict[str, Path]) -> Published:
@@ -34,20 +33,12 @@ def extended(published: Published, bundle: Bundle, files: dict[str, Path]) -> Pu
     )
 
 
-def with_exit(published: Published, folder: Path, gate: Gate = GATE, *, seed: int = 0) -> Published:
-    """With an exit at the cut 6: of `seed` 0 it scores as the model does, and its confidence is the largest score."""
-    nodes = [
-        helper.make_node("Flatten", ["p6"], ["f"]),
-        helper.make_node("Gemm", ["f", "w8", "b8"], [EXIT_SCORES]),
-        helper.make_node("ReduceMax", [EXIT_SCORES], [EXIT_CONFIDENCE], axes=[1], keepdims=0),
-    ]
-    outputs = [value(EXIT_SCORES, 1, 5), value(EXIT_CONFIDENCE, 1)]
-    weights = [weight("w8", 256, 5, seed=seed), weight("b8", 5, seed=seed)]
-    path = save(folder / f"exit-{seed}.onnx", nodes, [value("p6", 1, 16, 4, 4)], outputs, weights)
-    tensors = TensorSpec(EXIT_SCORES, "float32", (1, 5)), TensorSpec(EXIT_CONFIDENCE, "float32", (1,))
-    branch = Segment(SegmentId("6", "6"), _blob(path), published.bundle.cuts["6"].tensors, tensors, ())
-    bundle = structs.replace(published.bundle, exits=(Exit(branch, 1 - gate.failing / gate.inputs, gate),))
-    return extended(published, bundle, {branch.graph.digest: path})
+def with_served_exit(published: Published, folder: Path, threshold: float = 0.5, **gate: Any) -> Published:
+    """With an exit at the cut 6, of which three in four held-out inputs exited; see `exits.with_exit`."""
+    facts: dict[str, Any] = {"inputs": 400, "exiting": 300, "failing": 2, "limit": 0.02, "bound": BOUND} | gate
+    found = with_exit(published, folder, "6", threshold, **facts)
+    found.registry.move_alias(found.name, "prod", found.version)
+    return found
 
 
 def with_variants(published: Published, folder: Path, name: str = "small", **facts: Any) -> Published:

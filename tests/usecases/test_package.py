@@ -33,6 +33,7 @@ from support.bundles import (
     ready,
     served,
 )
+from support.exits import ALWAYS, planned_exit, with_exit
 from support.local_stack import ROOT
 from support.plans import candidate, plan_for
 from support.segments import run_whole
@@ -147,6 +148,17 @@ def test_the_functions_are_those_of_the_plan(
     assert (route["name"], found.functions) == (chosen.name, functions)
     assert [segment["segment"] for segment in route["segments"]] == segments
     assert route["segments"][-1].get("codecs", {}) == codecs
+
+
+@pytest.mark.parametrize("arguments", [(), ("--cut", "6")], ids=["plan", "cut"])
+def test_an_exit_is_baked_with_the_head_before_it(
+    house: Path, published: Published, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    known = with_exit(published, tmp_path, threshold=ALWAYS)
+    model = planned(known, candidate("split-6-exit", "split", cuts=("6",), exit=planned_exit(0.9)))
+    found = answered(house, packaged(known, model, *arguments))
+    assert found.functions == ["photos-head"]
+    assert found.document["route"]["exit"] == "6"
 
 
 def test_the_plans_int8_variant_is_baked_instead_of_the_model(house: Path, published: Published) -> None:

@@ -85,11 +85,12 @@ MANIFEST, SEGMENT, GRAPH, WEIGHTS = "manifest.json", "segment.json", "segment.on
 SIGNATURES = "signatures.json"
 """The envelopes of the manifest; absent for an unsigned bundle."""
 BLOBS = "blobs"
-"""Folder of the codec tables for decoding the segment's inputs; file names are digests in hex."""
+"""Folder of the codec tables for decoding the segment's inputs, and of the graph of the exit behind a head; file names
+are digests in hex."""
 
 
 class BakedSegment:
-    """One segment of one bundle in a folder, verified when opened.
+    """One segment of one bundle in a folder, and the branch of the exit behind it, verified when opened.
 
     The folder holds manifest.json (the published bytes, whose digest is the bundle's), segment.json, segment.onnx and
     weights.bin (the tensors of this segment alone). Source: docs/reference/registry.md, "A baked segment".
@@ -115,6 +116,7 @@ class BakedSegment:
             self._segment = self._bundle.segment(self.segment_id)
             self._verify(GRAPH, graph)
             self._verify(WEIGHTS, weights)
+            self.branch = self._baked_branch()
         except OSError as e:
             raise SettingsError(
                 f"the setting segment_dir is {str(folder)!r}, which is not a baked segment: {e}",
@@ -139,7 +141,7 @@ class BakedSegment:
         return self._bundles.trusts(digest)
 
     def blob(self, blob: Blob) -> bytes:
-        path = self._folder / BLOBS / blob.digest.removeprefix("sha256:")
+        path = self._blob_path(blob)
         try:
             data = path.read_bytes()
         except OSError:
@@ -150,9 +152,23 @@ class BakedSegment:
 
     def locate(self, bundle_digest: str, segment_id: str) -> Located:
         bundle = self.bundle(bundle_digest)
+        if self.branch is not None and segment_id == self.branch.id:
+            return Located(self._blob_path(self.branch.graph), self.branch, bundle)
         if segment_id != self.segment_id:
             raise self._missing("segment", segment_id, self.segment_id)
         return Located(self._folder / GRAPH, self._segment, bundle)
+
+    def _baked_branch(self) -> Segment | None:
+        """The branch of the exit behind a head, where the folder holds its graph, with the weights in it."""
+        branch = self._bundle.exit_at(self._segment.id.stop)
+        if branch is None or not (path := self._blob_path(branch.graph)).exists():
+            return None
+        if file_digest(path) != branch.graph.digest:
+            raise corrupt(str(path), branch.graph.digest)
+        return branch
+
+    def _blob_path(self, blob: Blob) -> Path:
+        return self._folder / BLOBS / blob.digest.removeprefix("sha256:")
 
     def _verify(self, name: str, blob: Blob) -> None:
         path = self._folder / name

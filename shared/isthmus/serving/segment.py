@@ -197,8 +197,10 @@ class _SegmentApp(FunctionApp):
 
     def _prepare(self) -> None:
         if isinstance(self._source, BakedSegment):
-            # The only segment that this function can serve.
+            # The only segment that this function can serve, and the exit behind it.
             self._store.runner(self._source.digest, self._source.segment_id, load_deadline())
+            if (branch := self._source.branch) is not None:
+                self._store.runner(self._source.digest, branch.id, load_deadline())
         if self._registry is not None:
             preload(self._preload, self._registry, self._store)
 

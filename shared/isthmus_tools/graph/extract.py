@@ -203,13 +203,20 @@ def bake_tables(bundle: Bundle, segment: Segment, blob: Callable[[Blob], bytes],
     Raises:
         RegistryError: `blob` cannot supply a table.
     """
-    size = 0
-    for table in {bundle.tables[spec.name] for spec in segment.inputs if spec.name in bundle.tables}:
-        path = folder / BLOBS / table.digest.removeprefix("sha256:")
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(blob(table))
-        size += table.size
-    return size
+    tables = {bundle.tables[spec.name] for spec in segment.inputs if spec.name in bundle.tables}
+    return sum(bake_blob(table, blob, folder) for table in tables)
+
+
+def bake_blob(wanted: Blob, blob: Callable[[Blob], bytes], folder: Path) -> int:
+    """Write a blob beside a baked segment: a table, or the graph of the exit behind a head; returns its bytes.
+
+    Raises:
+        RegistryError: `blob` cannot supply it.
+    """
+    path = folder / BLOBS / wanted.digest.removeprefix("sha256:")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(blob(wanted))
+    return wanted.size
 
 
 def _copy_weights(located: Located, path: Path) -> tuple[dict[int, int], str, int]:

@@ -16,6 +16,7 @@ from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.plan import Candidate, read_plan
 from isthmus.artifacts.segment_id import WHOLE, SegmentId
 from isthmus.errors import LocalError, Missing
+from isthmus.pipeline import exit_branch
 from isthmus.registry import FolderStore, Registry, Resolved, SegmentCache, open_cache, open_registry
 from isthmus.registry.addresses import STORE_SECRETS
 from isthmus.registry.content import blob_key
@@ -24,7 +25,7 @@ from isthmus.registry.source import SIGNATURES
 from isthmus.settings import RegistrySettings, SegmentSettings
 from isthmus.units import format_size
 from isthmus_tools.engine.stack import read_stack, substitute
-from isthmus_tools.graph.extract import bake, bake_tables
+from isthmus_tools.graph.extract import bake, bake_blob, bake_tables
 from isthmus_tools.progress import Progress, silent
 
 _GATEWAY = "http://gateway.openfaas.svc.cluster.local:8080"
@@ -209,12 +210,6 @@ def _planned_partition(store: Registry, model: Resolved, choice: Candidate) -> _
     digest, bundle = model.digest, model.bundle
     if choice.variant is not None:
         digest, bundle = choice.variant, _variant(store, model.name, choice.variant)
-    if choice.exit is not None:
-        raise LocalError(
-            f"{choice.name}, as the plan of {model.name} says, has an exit behind its head, and a packaged function"
-            " holds one segment",
-            hint=f"package it without its plan: --cut {'/'.join(choice.cuts)}; or serve it from a registry",
-        )
     if choice.variant is not None or choice.kind == "edge":
         whole = bundle.segment(SegmentId(variant=choice.head))
         return _Partition((_Part("head", "edge", digest, bundle, whole),), (), choice)
@@ -284,6 +279,8 @@ def _bake(store: Registry, cache: SegmentCache, part: _Part, folder: Path) -> in
     with cache.locate(part.digest, part.segment.id) as located:
         size = bake(located, store.manifest(part.digest), folder)
     bake_tables(part.bundle, part.segment, store.blob, folder)
+    if not part.segment.id.start and (branch := exit_branch(part.bundle, part.segment.id.stop)) is not None:
+        bake_blob(branch.segment.graph, store.blob, folder)
     # What functions with trusted keys demand beside the manifest.
     if envelopes := store.signatures.of(part.digest):
         write_envelopes(folder / SIGNATURES, envelopes)

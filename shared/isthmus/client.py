@@ -20,7 +20,7 @@ import numpy as np
 from isthmus.arrays import Array
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.codecs.raw import RAW
-from isthmus.context import Deadline
+from isthmus.context import EXIT_HEADER, Deadline
 from isthmus.errors import (
     HTTP_STATUS,
     CallerUnauthenticated,
@@ -84,7 +84,8 @@ class Client:
     """Calls the router at `url`, e.g. http://127.0.0.1:8080/function/router.
 
     Units: timeout_s, in seconds, bounds each call and is sent as X-Timeout. Of an https URL `trust` says which CAs
-    vouch for it, and which certificate it is shown; by default the system's, and none. `api_key` is the caller's key or
+    vouch for it, and which certificate it is shown; by default the system's, and none. Without `exits` predictions are
+    the full model's. `api_key` is the caller's key or
     token, by default that of the environment variable ISTHMUS_API_KEY; an empty one sends none.
 
     Raises:
@@ -93,7 +94,13 @@ class Client:
     """
 
     def __init__(
-        self, url: str, *, timeout_s: float = 30.0, trust: TlsTrust | None = None, api_key: str | None = None
+        self,
+        url: str,
+        *,
+        timeout_s: float = 30.0,
+        trust: TlsTrust | None = None,
+        api_key: str | None = None,
+        exits: bool = True,
     ) -> None:
         if not is_url(url):
             raise RequestMalformed(
@@ -101,6 +108,7 @@ class Client:
             )
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
+        self._exit_header = {} if exits else {EXIT_HEADER: "off"}
         self._key_header = _key_header(os.environ.get(API_KEY_VARIABLE, "") if api_key is None else api_key)
         self._pool = ConnectionPool(self.url, connect_timeout_s=min(_CONNECT_TIMEOUT_S, timeout_s), trust=trust)
 
@@ -259,7 +267,7 @@ class Client:
 
     @property
     def _own_headers(self) -> dict[str, str]:
-        return {"X-Timeout": f"{int(self._timeout_s * 1000)}ms", **self._key_header}
+        return {"X-Timeout": f"{int(self._timeout_s * 1000)}ms", **self._key_header, **self._exit_header}
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flask.testing import FlaskClient
 
+from isthmus.client import Client
 from isthmus.context import Context, Deadline
 from isthmus.pipeline import LocalHop, execute, plan_route
 from isthmus.pipeline.continuation import CONTENT_TYPE
@@ -163,6 +164,12 @@ def test_a_caller_gets_the_full_model_by_a_header_or_a_parameter(
     late = client.post(infer, json=document | {"parameters": {"isthmus.exit": False}}).json
     assert late["parameters"]["segments"] == "..6,6.."
     assert np.allclose(late["outputs"][0]["data"], known.whole["logits"].ravel(), atol=1e-5)
+    with served(client.application) as url:
+        found = {
+            exits: Client(url, exits=exits).infer(known.inputs, model="photos", version=known.version)
+            for exits in (True, False)
+        }
+    assert [found[exits].parameters["segments"] for exits in (True, False)] == ["..6", "..6,6.."]
     for refused in (
         client.post("/", data=photo(), headers={"Isthmus-Exit": "never"}),
         client.post(infer, json=document | {"parameters": {"isthmus.exit": "off"}}),

@@ -62,6 +62,9 @@ def infer(
     timeout: Annotated[
         float, typer.Option(help="Longest wait for one answer, in seconds.", min=0.001, max=86_400)
     ] = 30.0,
+    full_model: Annotated[
+        bool, typer.Option("--full-model", help="Have the whole model predict: the request ends at no early exit.")
+    ] = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
     api_key: ApiKey = None,
     as_json: AsJson = False,
@@ -75,7 +78,7 @@ def infer(
     `isthmus infer --model magika --tensor bytes=input.npy --output out.npz`
     """
     with errors(as_json):
-        where = ModelPlace(url, local, cuts, timeout, registry, read_api_key(api_key))
+        where = ModelPlace(url, local, cuts, timeout, registry, read_api_key(api_key), not full_model)
         # A model without inputs takes neither photos nor tensors.
         if (photos and tensor) or not (photos or tensor or model):
             raise RequestMalformed("name photos to classify, or tensors with --tensor NAME=FILE.npy, not both")
@@ -99,6 +102,7 @@ class ModelPlace:
     timeout_s: float
     registry: str
     api_key: str | None = None
+    exits: bool = True
 
     def model(self, name: str) -> LocalModel:
         from isthmus_tools.usecases.local_model import LocalModel
@@ -117,7 +121,7 @@ class ModelPlace:
         from isthmus.http.tls import open_trust
 
         trust = open_trust(registry_settings(self.registry))
-        return Client(self.url, timeout_s=self.timeout_s, trust=trust, api_key=self.api_key)
+        return Client(self.url, timeout_s=self.timeout_s, trust=trust, api_key=self.api_key, exits=self.exits)
 
 
 def _photos(photos: list[Path], model: str, where: ModelPlace, top_k: int | None, as_json: bool) -> None:

@@ -21,7 +21,7 @@ from isthmus.artifacts.bundle import (
     subject_digest,
     to_json,
 )
-from isthmus.artifacts.fusion import Fusion
+from isthmus.artifacts.fusion import Fusion, FusionGain
 from isthmus.artifacts.gate import EXIT_CONFIDENCE, EXIT_SCORES, Gate
 from isthmus.artifacts.segment_id import SegmentId
 from isthmus.artifacts.tensors import TensorSpec
@@ -130,7 +130,20 @@ GATE = Gate("scores", 1.5, "disagreement", limit=0.01, confidence=0.9, inputs=10
 VARIANT = SegmentVariant(
     Segment(SegmentId("", "a", "int8"), Blob("sha256:" + "4" * 64, 5), (), (), ()), "static int8", 0.99, 200
 )
-FUSION = Fusion("a", "scores", 0.25, 0.75, 500)
+GAIN = FusionGain(inputs=500, alone=0.8, fused=0.84, better=24, worse=4, low=0.019, high=0.054)
+FUSION = Fusion(
+    cut="a",
+    output="scores",
+    kind="log_odds",
+    output_kind="logits",
+    exit_weights=(0.25,),
+    model_weights=(0.75,),
+    scale=4.0,
+    target="labels",
+    codec="raw",
+    penalty=0.1,
+    gain=GAIN,
+)
 LEARNT = replace(BUNDLE, outputs=(SCORES,), exits=(Exit(BRANCH, 0.97, GATE),), variants=(VARIANT,), fusion=FUSION)
 
 
@@ -148,6 +161,10 @@ def test_exits_variants_and_fusion_survive_the_manifest_and_their_graphs_are_its
         ({"exits": (Exit(BRANCH, 0.9, replace(GATE, output="other")),)}, "exit of the output 'other'"),
         ({"exits": (Exit(replace(BRANCH, outputs=(SCORES,)), 0.9, GATE),)}, "other outputs than exit_scores"),
         ({"exits": (Exit(BRANCH, 0.9),)}, "which is no classifier's"),
+        ({"fusion": replace(FUSION, output="other")}, "fusion of the output 'other', and its exit is of 'scores'"),
+        ({"fusion": replace(FUSION, model_weights=(0.5, 0.5, 0.5))}, "fusion of 1 and 3 weights for 3 classes"),
+        ({"fusion": replace(FUSION, exit_weights=(1.0, 1.0), model_weights=(1.0, 1.0))}, "2 and 2 weights for 3"),
+        ({"fusion": replace(FUSION, gain=replace(GAIN, better=600))}, "turned more predictions than"),
         ({"variants": (VARIANT, VARIANT)}, "two variants of one name"),
         ({"variants": (replace(VARIANT, segment=BUNDLE.segment_list[0]),)}, "is no variant of"),
         ({"segment_list": (*BUNDLE.segment_list, VARIANT.segment)}, "does not lie between"),

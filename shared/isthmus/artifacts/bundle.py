@@ -404,8 +404,8 @@ def _check(bundle: Bundle) -> None:
             raise ValueError(f"has {variant.segment.id!r}, which is no variant of one of the bundle's segments")
     if len({variant.segment.id for variant in bundle.variants}) != len(bundle.variants):
         raise ValueError("has two variants of one name")
-    if bundle.fusion is not None and bundle.fusion.cut not in [e.cut for e in bundle.exits if e.gate is not None]:
-        raise ValueError(f"has a fusion with the exit at {bundle.fusion.cut!r}, which is no classifier's")
+    if bundle.fusion is not None:
+        _check_fusion(bundle, bundle.fusion)
     if bundle.state is not None:
         _check_state(bundle, bundle.state)
     if bundle.text is not None and bundle.text.logits not in [spec.name for spec in bundle.outputs]:
@@ -429,6 +429,16 @@ def _check(bundle: Bundle) -> None:
         _ = bundle.labels
     except msgspec.ValidationError as e:
         raise ValueError(f"has labels that are no blob: {e}") from e
+
+
+def _check_fusion(bundle: Bundle, fusion: Fusion) -> None:
+    gate = next((each.gate for each in bundle.exits if each.cut == fusion.cut), None)
+    if gate is None:
+        raise ValueError(f"has a fusion with the exit at {fusion.cut!r}, which is no classifier's")
+    if gate.output != fusion.output:
+        raise ValueError(f"has a fusion of the output {fusion.output[:80]!r}, and its exit is of {gate.output[:80]!r}")
+    spec = next(spec for spec in bundle.outputs if spec.name == fusion.output)
+    fusion.check(spec.shape[1] if len(spec.shape) > 1 else "")
 
 
 def _check_gate(bundle: Bundle, each: Exit) -> None:

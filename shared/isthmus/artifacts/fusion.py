@@ -2,26 +2,80 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from isthmus.artifacts.constraints import Count, Text
+from isthmus.artifacts.constraints import Count, Share, Text
 from isthmus.artifacts.cuts import CutName
 
-# Weights of log-probabilities; beyond it a sum says nothing.
-_Weight = Annotated[float, Meta(ge=-1e6, le=1e6)]
+ScoreKind = Literal["log_odds", "probabilities"]
+"""`log_odds`: log-probabilities less their mean over the classes; `probabilities`: likewise, without the logarithm."""
+MAX_CLASSES = 2**20
+
+# Beyond it, one member's rounding errors would outweigh another's scores.
+_Number = Annotated[float, Meta(ge=-1e6, le=1e6)]
+# A single weight, or a weight for each class.
+MemberWeights = Annotated[tuple[_Number, ...], Meta(min_length=1, max_length=MAX_CLASSES)]
+
+
+class FusionGain(Struct, frozen=True, forbid_unknown_fields=True):
+    """Right predictions of a fusion beside those of one member alone, on inputs that had no part in the fusion.
+
+    Of `inputs`, the share `alone` is right by the member, the share `fused` by the fusion: `better` inputs turned
+    right and `worse` turned wrong. The gain in the share lies between `low` and `high` with a probability of 95%: by
+    the wider one of two intervals for paired shares, McNemar's exact test inverted, and Newcombe's.
+    """
+
+    inputs: Count
+    alone: Share
+    fused: Share
+    better: Count
+    worse: Count
+    low: Annotated[float, Meta(ge=-1, le=1)]
+    high: Annotated[float, Meta(ge=-1, le=1)]
+
+    @property
+    def gain(self) -> float:
+        """The difference of the two shares."""
+        return (self.better - self.worse) / self.inputs if self.inputs else 0.0
+
+    @property
+    def is_beyond_chance(self) -> bool:
+        """Whether even the lower end of the interval is a gain."""
+        return self.low > 0
 
 
 class Fusion(Struct, frozen=True, forbid_unknown_fields=True):
-    """The scores of `output` become `exit_weight` times those of the exit at `cut`, plus `model_weight` times the
-    model's own.
+    """Scores of requests that did not take the exit at `cut`: a weighted sum of the exit's and the model's `output`.
 
-    The weights come from `inputs` held-out inputs.
+    `scale` times the sum of `exit_weights` times the exit's scores and `model_weights` times the model's, both as
+    `kind`; each has one weight, or one for each class. `output_kind` is what the model's output holds, and so what the
+    fusion gives. `target` says what counted as right: `labels`, or `agreement` with the model's predictions without
+    codecs. `codec` is that of the boundary tensors when the weights were fitted. `penalty` is the ridge's, relative to
+    the mean square of the scores. Source: docs/how-to/fusion.md.
     """
 
     cut: CutName
     output: Text
-    exit_weight: _Weight
-    model_weight: _Weight
-    inputs: Count
+    kind: ScoreKind
+    output_kind: Literal["logits", "probabilities"]
+    exit_weights: MemberWeights
+    model_weights: MemberWeights
+    scale: _Number
+    target: Literal["agreement", "labels"]
+    codec: Text
+    penalty: Annotated[float, Meta(ge=0)]
+    gain: FusionGain
+
+    def check(self, classes: int | str) -> None:
+        """Rules between fields; `classes` is the output's number of classes, a text where that is free.
+
+        Raises:
+            ValueError: names the broken rule.
+        """
+        lengths = {len(self.exit_weights), len(self.model_weights)}
+        if len(lengths) > 1 or (lengths != {1} and isinstance(classes, int) and lengths != {classes}):
+            raise ValueError(f"has a fusion of {min(lengths)} and {max(lengths)} weights for {classes} classes")
+        if self.gain.better + self.gain.worse > self.gain.inputs:
+            raise ValueError("has a fusion that turned more predictions than it was measured on")

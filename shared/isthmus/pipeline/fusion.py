@@ -1,0 +1,57 @@
+"""Fusion of members: a weighted sum of their scores for each class, in place of the scores of one of them.
+
+Members disagree in scale: a ridge head gives small differences where a network is sure by orders of magnitude. Scores
+are therefore taken as log-probabilities or probabilities, less their mean over the classes, which no prediction depends
+on. Source: docs/how-to/fusion.md, "The sum".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from isthmus.arrays import Array
+from isthmus.artifacts.fusion import Fusion, ScoreKind
+from isthmus.processing.classify import softmax
+
+MIN_PROBABILITY = 1e-6
+"""Smaller probabilities count as this one: the logarithm of a tree's zero would outweigh every other member."""
+
+
+def centred_scores(scores: Array, kind: ScoreKind, *, probabilities: bool) -> Array:
+    """A member's scores as a fusion sums them, in float64; `probabilities` says that they are such already.
+
+    Shapes: (…, classes) both.
+    """
+    values = scores.astype(np.float64)
+    if kind == "probabilities":
+        values = values if probabilities else softmax(values)
+    elif probabilities:
+        values = np.log(np.maximum(values, MIN_PROBABILITY))
+    centred: Array = values - values.mean(axis=-1, keepdims=True)
+    return centred
+
+
+def weighted_sum(members: Sequence[Array], weights: Sequence[Array]) -> Array:
+    """The sum over members; each has one weight, or one for each class. Shapes: (…, classes), (1,) or (classes,)."""
+    return np.asarray(sum(scores * weight for scores, weight in zip(members, weights, strict=True)))
+
+
+def fused_output(fusion: Fusion, exit_scores: Array, output: Array) -> Array:
+    """The model's `output` with fused scores, of the same shape, dtype and meaning.
+
+    Rows in which either member is not finite stay the model's own. Shapes: (batch, classes) both; axes of one value may
+    follow.
+    """
+    rows = output.reshape(output.shape[:2])
+    is_shares = fusion.output_kind == "probabilities"
+    with np.errstate(invalid="ignore", over="ignore"):
+        members = [
+            centred_scores(scores.reshape(rows.shape), fusion.kind, probabilities=is_shares)
+            for scores in (exit_scores, rows)
+        ]
+        total = fusion.scale * weighted_sum(members, [np.array(fusion.exit_weights), np.array(fusion.model_weights)])
+        fused = softmax(total) if is_shares else total
+        fused = np.where(np.isfinite(fused).all(axis=1, keepdims=True), fused, rows.astype(np.float64))
+    return np.asarray(fused.astype(output.dtype).reshape(output.shape))

@@ -23,6 +23,7 @@ from isthmus.context import Context, Deadline
 from isthmus.errors import HopRejected, HopTimeout, HopUnavailable, ShapeMismatch
 from isthmus.pipeline.closer_looks import LookPolicy, LooksTaken, take_looks
 from isthmus.pipeline.exits import ExitBranch, ExitOutcome, exit_outcome, expected_outputs
+from isthmus.pipeline.fusion import fused_outputs
 from isthmus.pipeline.hop import Hop
 from isthmus.pipeline.route import Route
 from isthmus.wire.frame import DTYPES, Frame, Step
@@ -95,6 +96,18 @@ class Result:
     """Seconds in which the caller made the inputs of a photo; None where they came as tensors."""
     exit: ExitOutcome | None = None
     """What the request met at the route's exit; None where the route has none."""
+    unfused: Mapping[str, Array] | None = None
+    """The model's own outputs where `outputs` are fused with the exit's; None elsewhere."""
+    fusion_target: str = ""
+
+    @property
+    def comparable(self) -> Mapping[str, Array]:
+        """The outputs to compare with another run of the model: as calibration measured these.
+
+        A fusion by labels is to differ from the model, so its own outputs stand for it; a fusion for agreement with the
+        model is compared itself. Source: docs/how-to/fusion.md, "What the guard compares".
+        """
+        return self.outputs if self.unfused is None or self.fusion_target == "agreement" else self.unfused
 
     @property
     def is_early(self) -> bool:
@@ -124,10 +137,12 @@ class Result:
         return {"link_bytes": self.link_bytes, "link_raw_bytes": self.link_raw_bytes}
 
     def gates(self) -> dict[str, str | int | float]:
-        """The exit and the closer looks as responses state them; empty without any."""
+        """The exit, the fusion and the closer looks as responses state them; empty without any."""
         facts: dict[str, str | int | float] = {}
         if self.exit is not None:
             facts |= self.exit.facts()
+        if self.unfused is not None:
+            facts["fused"] = True
         if (looks := self.closer_looks) is not None:
             facts |= {"looks": looks.count, "looks_ended": looks.outcome}
         return facts
@@ -208,13 +223,18 @@ def execute_resumably(
         return Interruption(e, rest, tensors, tuple(execution.runs), execution.exit)
     is_early = execution.exit is not None and execution.exit.is_taken
     looks = execution.look_closer(route.looks) if route.looks is not None and not is_early else None
+    outputs, fusion = execution.outputs(), route.bundle.fusion
+    # After the closer looks, whose margins are those of the model's own scores.
+    fused = fused_outputs(fusion, execution.exit, execution.tensors, outputs)
     return Result(
-        execution.outputs(),
+        outputs if fused is None else fused,
         tuple(execution.runs),
         execution.tensors,
         looks,
         segments=len(route.segments),
         exit=execution.exit,
+        unfused=None if fused is None else outputs,
+        fusion_target=fusion.target if fusion is not None else "",
     )
 
 

@@ -7,12 +7,14 @@ on. Source: docs/how-to/fusion.md, "The sum".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from isthmus.arrays import Array
 from isthmus.artifacts.fusion import Fusion, ScoreKind
+from isthmus.artifacts.gate import EXIT_CONFIDENCE
+from isthmus.pipeline.exits import ExitOutcome
 from isthmus.processing.classify import softmax
 
 MIN_PROBABILITY = 1e-6
@@ -36,6 +38,26 @@ def centred_scores(scores: Array, kind: ScoreKind, *, probabilities: bool) -> Ar
 def weighted_sum(members: Sequence[Array], weights: Sequence[Array]) -> Array:
     """The sum over members; each has one weight, or one for each class. Shapes: (…, classes), (1,) or (classes,)."""
     return np.asarray(sum(scores * weight for scores, weight in zip(members, weights, strict=True)))
+
+
+def fused_outputs(
+    fusion: Fusion | None, outcome: ExitOutcome | None, tensors: Mapping[str, Array], outputs: Mapping[str, Array]
+) -> dict[str, Array] | None:
+    """The model's outputs with fused scores; None where a request did not meet the fusion's exit, or took it.
+
+    `tensors` have the exit's confidence in each row. In a batch, rows of which the exit was sure stay the model's own:
+    the weights are of inputs that go on.
+    """
+    if fusion is None or outcome is None or outcome.is_taken or outcome.cut != fusion.cut:
+        return None
+    own = outputs.get(fusion.output)
+    # A route that ends at a later cut has no scores of the model.
+    if own is None or own.shape != outcome.scores.shape:
+        return None
+    unsure = ~(tensors[EXIT_CONFIDENCE] >= outcome.threshold)
+    fused = fused_output(fusion, outcome.scores, own)
+    rows = unsure.reshape(-1, *(1 for _ in own.shape[1:]))
+    return {**outputs, fusion.output: np.where(rows, fused, own)}
 
 
 def fused_output(fusion: Fusion, exit_scores: Array, output: Array) -> Array:

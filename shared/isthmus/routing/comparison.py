@@ -89,14 +89,14 @@ class Comparison:
         """The outputs of a version along its plan's choice; in no metric, for no caller asked for them."""
         selected, max_pixels = model.route, self._settings.max_image_pixels
         if not isinstance(inputs, bytes):
-            return execute(selected.route, inputs, context, {}).outputs
+            return execute(selected.route, inputs, context, {}).comparable
         if selected.photo is None:
             tensors = model_input(
                 model.bundle, inputs, max_pixels=max_pixels, memory=self._images, redactor=model.redactor
             )
-            return execute(selected.route, tensors, context, {}).outputs
+            return execute(selected.route, tensors, context, {}).comparable
         encoded = selected.photo.encode(inputs, max_pixels=max_pixels, memory=self._images, redactor=model.redactor)
-        return execute(selected.route, {}, context, encoded).outputs
+        return execute(selected.route, {}, context, encoded).comparable
 
     def _measure(self, stable: ServedModel) -> Measure:
         fidelity = self._fidelities(stable.bundle)

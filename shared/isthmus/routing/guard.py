@@ -202,9 +202,9 @@ class Guard:
         encoded_names = {name for run in result.runs for name in run.codecs}
         jobs: list[Job] = []
         if any(name in encoded_names and not is_exact(e) for each in route.encodings for name, e in each.items()):
-            # The raw request meets the exit as this one did, for the exit's scores may be a part of the prediction.
-            sampled = route if result.exit is not None else route.full()
-            jobs.append(partial(self.check, Sample(sampled, inputs, encoded, result.outputs, fallback.level)))
+            # Without the exit: of a fused prediction the part is compared that calibration measured.
+            sample = Sample(route.full(), inputs, encoded, result.comparable, fallback.level)
+            jobs.append(partial(self.check, sample))
         if (exit_job := self.exits.job(route, inputs, encoded, result)) is not None:
             jobs.append(exit_job)
         if jobs and self._draw() < self._share and not self._idle.is_closed:

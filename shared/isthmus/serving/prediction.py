@@ -139,7 +139,7 @@ class Predictor:
             # Without sizes: a later hop that is away gives an error and no continuation.
             lambda candidate, context: self._execute(request._replace(context=context), candidate, inputs, {}, None),
         )
-        self._comparison.watch(model, result.outputs, inputs)
+        self._comparison.watch(model, result.comparable, inputs)
         work.end(began, 1)
         return result
 
@@ -163,7 +163,7 @@ class Predictor:
                 request._replace(context=context), candidate, tensors.inputs, {}, {}
             ),
         )
-        self._comparison.watch(model, result.outputs, tensors.inputs)
+        self._comparison.watch(model, result.comparable, tensors.inputs)
         return tensor_response(request, model, tensors, result)
 
     def _batch(self, request: FunctionRequest, inference: InferenceRequest) -> list[dict[str, Any]]:
@@ -197,7 +197,7 @@ class Predictor:
                 request._replace(context=context), inference, photo, candidate, sizes
             ),
         )
-        self._comparison.watch(model, result.outputs, photo)
+        self._comparison.watch(model, result.comparable, photo)
         segments = self.segment_documents(result)
         return photo_document(request, model, result, inference.top_k, sizes, segments)
 

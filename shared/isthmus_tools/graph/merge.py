@@ -6,7 +6,7 @@ Names begin with the member's, so that `camera.input` and `radar.input` are inpu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from isthmus.arrays import Array
 from isthmus.artifacts.fusion import ScoreKind
 from isthmus.errors import ModelError
 from isthmus.pipeline.fusion import MIN_PROBABILITY
+from isthmus_tools.graph import probe
 from isthmus_tools.graph.cuts import CutInfo, cut_at
 from isthmus_tools.graph.load import read, refusals
 from isthmus_tools.graph.model import Model
@@ -30,6 +31,8 @@ SCORES_CUT = "scores"
 # From this opset on ReduceMean takes its axes as an input.
 _AXES_AS_INPUT = 18
 _MAX_REASON = 300
+# float32 against the sum of float64; half floats within the members lose more.
+_MAX_DIFFERENCE = 1e-2
 _MAX_CUT_NAME = 63
 
 
@@ -112,6 +115,23 @@ def fusion_cuts(model: Model, members: Sequence[MemberGraph], *, shared: bool = 
         name = f"edge-{member.name.replace('.', '-')}"[:_MAX_CUT_NAME]
         cuts.append(cut_at(model, [member.scores, *passing], name))
     return cuts
+
+
+def check_sum(model: Model, inputs: Sequence[Mapping[str, Array]], expected: Array) -> None:
+    """Run the one graph on some inputs, each a batch of 1, and compare its sum with the members' own, `expected`.
+
+    Raises:
+        ModelError: the sums differ beyond rounding: a converted member computes something else.
+    """
+    for arrays, row in zip(inputs, expected, strict=True):
+        fused = probe.values(model.document, [FUSED], arrays)[FUSED].reshape(-1)
+        error = float(np.abs(fused - row).max() / max(1.0, np.abs(row).max()))
+        if not error <= _MAX_DIFFERENCE:
+            raise ModelError(
+                f"the fused graph differs from its members' own scores by {error:.1g} of their largest",
+                difference=error,
+                hint="members of different opsets are converted to the newest: export them with the same one",
+            )
 
 
 class _Parts:

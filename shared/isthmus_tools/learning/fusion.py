@@ -127,6 +127,38 @@ class FittedFusion:
     gain: FusionGain
     outer: tuple[FoldFit, ...]
 
+    def fused(self, data: MemberScores, rows: slice = slice(None)) -> Array:
+        """The sum for some inputs, in log-odds. Shapes: (rows, classes)."""
+        scores = data.centred(self.recipe.kind)[rows]
+        return self.scale * weighted_sum([scores[:, i] for i in range(scores.shape[1])], list(self.weights))
+
+
+def require_gain(fitted: FittedFusion, data: MemberScores, hint: str = "") -> None:
+    """Refuse a fusion that predicts no better than its better member, beyond chance.
+
+    Raises:
+        LearningError: the interval of the gain reaches zero; facts have the interval and the shares.
+    """
+    gain = fitted.gain
+    if gain.is_beyond_chance:
+        return
+    alone = data.names[fitted.alone]
+    raise LearningError(
+        f"the fusion gains nothing beyond chance over {alone} alone: {gain.gain:+.2%}, between {gain.low:+.2%} and"
+        f" {gain.high:+.2%} at {CONFIDENCE:.0%}, of {gain.inputs} inputs",
+        member=alone,
+        inputs=gain.inputs,
+        alone=round(gain.alone, 6),
+        fused=round(gain.fused, 6),
+        gain=round(gain.gain, 6),
+        low=round(gain.low, 6),
+        high=round(gain.high, 6),
+        better=gain.better,
+        worse=gain.worse,
+        hint=hint
+        or "members that err on the same inputs gain nothing from each other; more inputs narrow the interval",
+    )
+
 
 def ridge_weights(scores: Array, target: Array, penalty: float, *, per_class: bool) -> Array:
     """The closed form of the ridge regression, without an intercept.

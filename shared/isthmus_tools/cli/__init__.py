@@ -35,7 +35,7 @@ COMMANDS = {
     "exits": "Fit early exits to a classifier's cuts: clear inputs are answered at the edge, with a bound on the risk.",
     "compress": "Compress a head for the edge: int8, pruned channels, and more; each measured. Publishes the next"
     " version.",
-    "fuse": "Learn a weighted sum of edge and cloud, of a model's exit and tail or of several models. Publishes a version.",
+    "fuse": "Learn a weighted sum of edge and cloud: a model's exit and tail, or several models. Publishes a version.",
     "models": "List the models of a registry: what serves, when it was published, whether it is calibrated, its plan.",
     "versions": "List the versions of a model, what its aliases mean, and who moved them when.",
     "show": "Show a version of a model: its inputs, cuts, calibration and plan.",

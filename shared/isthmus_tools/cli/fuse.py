@@ -61,7 +61,7 @@ def fuse(
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
-    """Learn a weighted sum of edge and cloud, of a model's exit and tail or of several models. Publishes a version.
+    """Learn a weighted sum of edge and cloud: a model's exit and tail, or several models. Publishes a version.
 
     Ridge regression weighs the members' scores. The kind of scores, the form of the weights and the penalty are chosen
     by cross-validation, the gain is measured on folds that had no part in the choice. Where it is not beyond chance,

@@ -155,14 +155,12 @@ def _check_batches(members: Sequence[FusionMember]) -> None:
 
 
 def _check_shared(members: Sequence[FusionMember]) -> None:
-    def kinds(bundle: Bundle) -> list[tuple[str, str, int]]:
-        # Sizes that inference knows depend on a graph's operators, as of an int8 variant.
-        return sorted((spec.name, spec.dtype, len(spec.shape)) for spec in bundle.inputs)
-
     first = members[0].model.bundle
     for member in members[1:]:
         bundle = member.model.bundle
-        if kinds(bundle) != kinds(first) or bundle.preprocess != first.preprocess:
+        pairs = list(zip(_sorted(bundle), _sorted(first), strict=False))
+        is_same = len(bundle.inputs) == len(first.inputs) and all(_go_together(a, b) for a, b in pairs)
+        if not is_same or bundle.preprocess != first.preprocess:
             raise LearningError(
                 f"{member.name} takes other inputs than {members[0].name}, or makes these of photos in another way",
                 member=member.name,
@@ -170,6 +168,18 @@ def _check_shared(members: Sequence[FusionMember]) -> None:
                 expected=[spec.name for spec in first.inputs],
                 hint="without --shared each member takes inputs of its own",
             )
+
+
+def _sorted(bundle: Bundle) -> list[TensorSpec]:
+    return sorted(bundle.inputs, key=lambda spec: spec.name)
+
+
+def _go_together(one: TensorSpec, other: TensorSpec) -> bool:
+    """Whether an array can fit both: sizes that inference left open depend on a graph's operators."""
+    if (one.name, one.dtype, len(one.shape)) != (other.name, other.dtype, len(other.shape)):
+        return False
+    sizes = zip(one.shape, other.shape, strict=True)
+    return all(a == b for a, b in sizes if isinstance(a, int) and isinstance(b, int))
 
 
 def _check_redaction(members: Sequence[FusionMember], *, shared: bool) -> None:

@@ -50,6 +50,20 @@ def test_a_cnn_is_trained_calibrated_and_classifies(tmp_path: Path, monkeypatch:
     assert sum(right) / 2 == pytest.approx(float(accuracy[1]), abs=0.51)
 
 
+def test_two_sensors_become_one_model_with_the_gain_that_the_page_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    page = (EXAMPLES / "fusion/README.md").read_text()
+    assert output(tmp_path, "fusion/halves.py") in page
+    imports, (*fuse,) = commands("fusion/README.md")[:2], commands("fusion/README.md")[2]
+    for command in imports:
+        run(tmp_path, command, monkeypatch)
+    gain = json.loads(isthmus(*fuse, "--json").stdout)["gain"]
+    assert f"{gain['fused']:.2%} fused: {100 * gain['gain']:+.2f} points" in page
+    assert f"({100 * gain['low']:+.2f} to {100 * gain['high']:+.2f} at 95%)" in page
+
+
 def test_a_detector_finds_lines_in_process_and_by_a_router(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, router_settings: RouterSettings
 ) -> None:

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 from onnx import TensorProto, helper, numpy_helper, save
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from isthmus.arrays import Array
+from isthmus.artifacts.bundle import Blob, Bundle, Exit, Segment, digest_of
+from isthmus.artifacts.gate import EXIT_CONFIDENCE, EXIT_SCORES, Gate
+from isthmus.artifacts.segment_id import SegmentId
+from isthmus.artifacts.tensors import TensorSpec
+from isthmus.processing.classify import softmax
 from isthmus.registry import FolderStore, Registry
 from isthmus_tools import array_files
 from isthmus_tools.graph import build
@@ -100,3 +106,53 @@ def registry_of(folder: Path) -> Registry:
     publish_half(registry, folder, "top")
     publish_half(registry, folder, "bottom", softmax=True, opset=18)
     return registry
+
+
+def publish_with_exit(registry: Registry, folder: Path, share: float = 0.5) -> Bundle:
+    """A model `whole` that decides by the lower half, with an exit at `hidden` that decides by the upper one.
+
+    `share` of the training inputs exit: those of which the exit is surest. The two err on different digits.
+    """
+    upper, lower = (np.zeros((64, CLASSES), np.float32) for _ in HALVES)
+    upper[HALVES["top"]], exit_bias = weights_of("top")
+    lower[HALVES["bottom"]], bias = weights_of("bottom")
+    path = write_classifier(folder / "whole.onnx", lower, bias)
+    bundle, files = build(
+        path,
+        "whole",
+        folder / "whole-bundle",
+        partitions=["hidden"],
+        postprocess={"kind": "classify", "output": "y", "softmax": True, "top_k": 3},
+        labels=[str(i) for i in range(CLASSES)],
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gemm", ["hidden", "matrix", "bias"], [EXIT_SCORES]),
+            helper.make_node("Softmax", [EXIT_SCORES], ["shares"], axis=-1),
+            helper.make_node("ReduceMax", ["shares"], [EXIT_CONFIDENCE], axes=[-1], keepdims=0),
+        ],
+        "exit",
+        [helper.make_tensor_value_info("hidden", TensorProto.FLOAT, ["n", 64])],
+        [
+            helper.make_tensor_value_info(EXIT_SCORES, TensorProto.FLOAT, ["n", CLASSES]),
+            helper.make_tensor_value_info(EXIT_CONFIDENCE, TensorProto.FLOAT, ["n"]),
+        ],
+        [numpy_helper.from_array(array, name) for name, array in (("matrix", upper), ("bias", exit_bias))],
+    )
+    branch = folder / "exit.onnx"
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), branch)
+    data = branch.read_bytes()
+    segment = Segment(
+        SegmentId("hidden", "hidden"),
+        Blob(digest_of(data), len(data)),
+        (TensorSpec("hidden", "float32", ("n", 64)),),
+        (TensorSpec(EXIT_SCORES, "float32", ("n", CLASSES)), TensorSpec(EXIT_CONFIDENCE, "float32", ("n",))),
+        (),
+    )
+    sureness = softmax(digits().pixels[:TRAINING] @ upper + exit_bias).max(axis=1)
+    # Below the value itself, which onnxruntime rounds otherwise.
+    threshold = float(np.quantile(sureness, 1 - share)) - 1e-4
+    gate = Gate("y", threshold, "accuracy", 0.05, 0.9, TRAINING, int(share * TRAINING), 0, 0.05)
+    bundle = structs.replace(bundle, exits=(Exit(segment, 0.9, gate),))
+    registry.publish(bundle, {**files, segment.graph.digest: branch}, alias="prod")
+    return bundle

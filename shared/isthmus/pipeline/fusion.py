@@ -16,6 +16,7 @@ from isthmus.artifacts.fusion import Fusion, ScoreKind
 from isthmus.artifacts.gate import EXIT_CONFIDENCE
 from isthmus.pipeline.exits import ExitOutcome
 from isthmus.processing.classify import softmax
+from isthmus.runtime.early_exit import sure_rows
 
 MIN_PROBABILITY = 1e-6
 """Smaller probabilities count as this one: the logarithm of a tree's zero would outweigh every other member."""
@@ -54,10 +55,8 @@ def fused_outputs(
     # A route that ends at a later cut has no scores of the model.
     if own is None or own.shape != outcome.scores.shape:
         return None
-    unsure = ~(tensors[EXIT_CONFIDENCE] >= outcome.threshold)
-    fused = fused_output(fusion, outcome.scores, own)
-    rows = unsure.reshape(-1, *(1 for _ in own.shape[1:]))
-    return {**outputs, fusion.output: np.where(rows, fused, own)}
+    sure = sure_rows(tensors[EXIT_CONFIDENCE], outcome.threshold).reshape(-1, *(1 for _ in own.shape[1:]))
+    return {**outputs, fusion.output: np.where(sure, own, fused_output(fusion, outcome.scores, own))}
 
 
 def fused_output(fusion: Fusion, exit_scores: Array, output: Array) -> Array:

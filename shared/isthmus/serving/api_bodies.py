@@ -158,6 +158,8 @@ class RouteBody(Struct, omit_defaults=True):
     # Only of routes with closer looks.
     looks: int = 0
     looks_ended: str = ""
+    # Only of requests whose scores are those of exit and model together.
+    fused: bool = False
     name: str = ""
     degraded: str = ""
     guard_step: int = 0

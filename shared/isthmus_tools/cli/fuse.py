@@ -69,6 +69,7 @@ def fuse(
 
     Example: `isthmus fuse efficientnet-lite0 --data held-out/ --labels labels.csv`
     """
+    # Commas, as in lists of cuts: the order of members is that of the weights.
     names = [name.strip() for name in members.split(",") if name.strip()]
     with errors(as_json):
         common: dict[str, Any] = {
@@ -88,11 +89,13 @@ def fuse(
 
 
 def _refuse(options: Mapping[str, object], reason: str) -> None:
-    if given := [name for name, value in options.items() if value]:
-        raise RequestMalformed(f"{reason}; leave out {', '.join(given)}", options=given)
+    # An option that would be ignored is a misunderstanding.
+    if senseless := [name for name, value in options.items() if value]:
+        raise RequestMalformed(f"{reason}; leave out {', '.join(senseless)}", options=senseless)
 
 
 def _fuse_exit(model: str, cut: str, codec: str, common: dict[str, Any], registry: str, *, as_json: bool) -> None:
+    # Imported on use, as in every command: scipy takes a third of a second.
     from isthmus_tools.usecases import fuse as use_case
 
     request = use_case.FuseRequest(model=model, cut=cut, codec=_choice(codec), **common)
@@ -138,6 +141,7 @@ def _choice(text: str) -> Choice | None:
 
 def _print(publication: Publication, gain: FusionGain, facts: dict[str, Any], registry: str) -> None:
     version = publication.version
+    # The gain once, beside the facts of either kind.
     print_json(
         {
             "name": version.name,
@@ -164,6 +168,7 @@ def _say_gain(gain: FusionGain, alone: str, verb: str) -> None:
 
 def _say_weights(kind: str, scale: float, weights: Mapping[str, Sequence[float]]) -> None:
     listed = [
+        # Times the scale: what a unit of log-odds of the member adds to the sum's.
         f"{name} {scale * each[0]:.3g}" if len(each) == 1 else f"{name} {len(each)}, one for each class"
         for name, each in weights.items()
     ]

@@ -1,7 +1,7 @@
-"""Several classifiers as one graph: the members' graphs side by side, and a weighted sum of their scores at the end.
+"""Several classifiers as a single graph: the members' graphs side by side, a weighted sum of their scores at the end.
 
-Names begin with the member's, so that `camera.input` and `radar.input` are inputs of one model. The sum is the one of
-`isthmus.pipeline.fusion` as a few nodes: what crosses in front of it is a score for each class.
+Names begin with the member's, so that `camera.input` and `radar.input` are inputs of the same model. A few nodes
+compute the sum of `isthmus.pipeline.fusion`: in front of these nodes a score for each class and member crosses.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _MAX_CUT_NAME = 63
 
 @dataclass(frozen=True)
 class MemberGraph:
-    """A classifier's uncut graph, its weights beside it; `output` holds its scores.
+    """A classifier's uncut graph with the weights beside the file; `output` holds the scores.
 
-    `name` is what its names begin with. `rank` and `dtype` are the output's; `probabilities` says what it holds.
+    `name` is the prefix of its names. `rank` and `dtype` are the output's, which holds `probabilities` or logits.
     """
 
     name: str
@@ -53,13 +53,13 @@ class MemberGraph:
 
     @property
     def scores(self) -> str:
-        """The value that carries its scores to the sum."""
+        """The value that carries the scores to the sum."""
         return f"{self.name}.{self.output}"
 
 
 @dataclass(frozen=True)
 class ScoreSum:
-    """The sum at the end: `scale` times it are log-odds. Shapes: weights (members, 1) or (members, classes)."""
+    """The sum at the end, times `scale` for log-odds. Shapes: weights (members, 1) or (members, classes)."""
 
     kind: ScoreKind
     weights: Array
@@ -67,7 +67,7 @@ class ScoreSum:
 
 
 def input_name(member: str, name: str, *, shared: bool) -> str:
-    """The input of the one graph that a member's input becomes."""
+    """The fused graph's name of a member's input."""
     return name if shared else f"{member}.{name}"
 
 
@@ -102,7 +102,7 @@ def merge(members: Sequence[MemberGraph], total: ScoreSum, out: Path, *, shared:
 
 
 def fusion_cuts(model: Model, members: Sequence[MemberGraph], *, shared: bool = False) -> list[CutInfo]:
-    """The cut in front of the sum, then one behind each member: it at the edge, the others in the cloud.
+    """The cut in front of the sum, then a cut for each member: that member at the edge, the rest in the cloud.
 
     Raises:
         CutError: a member's scores do not separate it from the sum.
@@ -118,10 +118,10 @@ def fusion_cuts(model: Model, members: Sequence[MemberGraph], *, shared: bool = 
 
 
 def check_sum(model: Model, inputs: Sequence[Mapping[str, Array]], expected: Array) -> None:
-    """Run the one graph on some inputs, each a batch of 1, and compare its sum with the members' own, `expected`.
+    """Run the fused graph on some inputs, each a batch of 1, and compare the sum with the members' own, `expected`.
 
     Raises:
-        ModelError: the sums differ beyond rounding: a converted member computes something else.
+        ModelError: the sums differ beyond rounding: a converted member computes another function.
     """
     for arrays, row in zip(inputs, expected, strict=True):
         fused = probe.values(model.document, [FUSED], arrays)[FUSED].reshape(-1)
@@ -135,7 +135,7 @@ def check_sum(model: Model, inputs: Sequence[Mapping[str, Array]], expected: Arr
 
 
 class _Parts:
-    """Inputs, nodes and constants of the one graph."""
+    """Inputs, nodes and constants of the fused graph."""
 
     def __init__(self) -> None:
         self.inputs: dict[str, ir.Value] = {}
@@ -149,7 +149,7 @@ class _Parts:
 
 
 def _at_common_opset(members: Sequence[MemberGraph]) -> list[ir.Model]:
-    """The members' graphs, those of older opsets converted to the newest one among them.
+    """The members' graphs, converted to the newest opset among the members.
 
     Raises:
         ModelError: onnx's converter refuses a member, or two use different versions of another domain.
@@ -185,8 +185,9 @@ def _converted(member: MemberGraph, opset: int) -> ir.Model:
 
 
 def _take(member: MemberGraph, document: ir.Model, parts: _Parts, *, shared: bool) -> ir.Value:
-    """Move a member's nodes to the one graph under names of its own; returns its scores."""
+    """Move a member's nodes to the fused graph, names prefixed; returns the scores."""
     graph = document.graph
+    # Nodes of further outputs have no reader left, and the normalisation removes them.
     scores = next(value for value in graph.outputs if value.name == member.output)
     _rename_sizes(member, [*graph.inputs, scores], scores, shared=shared)
     for value in graph.inputs:
@@ -197,6 +198,7 @@ def _take(member: MemberGraph, document: ir.Model, parts: _Parts, *, shared: boo
             parts.inputs[name] = value
     _prefix_names(document, member.name, parts.inputs.values() if shared else ())
     nodes, constants = list(graph), list(graph.initializers.values())
+    # Values and nodes belong to a single graph at a time.
     graph.outputs.clear()
     graph.inputs.clear()
     graph.initializers.clear()
@@ -207,7 +209,7 @@ def _take(member: MemberGraph, document: ir.Model, parts: _Parts, *, shared: boo
 
 
 def _rename_sizes(member: MemberGraph, values: Sequence[ir.Value], scores: ir.Value, *, shared: bool) -> None:
-    """Free sizes: the first one of the scores is the batch of all members, any other one the member's own."""
+    """Free sizes: the first size of the scores is the batch of all members, any further size the member's own."""
     batch = None if scores.shape is None else str(scores.shape[0])
 
     def size(dim: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
@@ -228,6 +230,7 @@ def _prefix_names(document: ir.Model, prefix: str, but: Iterable[ir.Value]) -> N
             if value.name and value not in done:
                 done.add(value)
                 value.name = f"{prefix}.{value.name}"
+        # Profiles attribute kernels to nodes by name.
         for node in graph:
             node.name = f"{prefix}.{node.name}"
 
@@ -245,7 +248,7 @@ def _sum(
         def name(step: str, member: MemberGraph = member) -> str:
             return f"{member.name}.fused_{step}"
 
-        # (batch, classes), whatever axes of one value follow
+        # (batch, classes): further axes have a single value each
         x = scores if member.rank == 2 else op("Flatten", [scores], name("rows"), axis=1)
         x = x if member.dtype == "float32" else op("Cast", [x], name("float"), to=ir.DataType.FLOAT)
         if total.kind == "probabilities" and not member.probabilities:

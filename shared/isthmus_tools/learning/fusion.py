@@ -1,8 +1,8 @@
 """Weights of a fusion: ridge regression over the members' scores, chosen and judged by nested cross-validation.
 
 min_w Σ‖Σ_i w_i g_i(x) − y‖² + λ‖w‖², where g_i are the centred scores of member i and y is 1 for the true class, less
-its mean. Kind of scores, form of weights and λ are chosen on the folds that train; the fold that is left out judges the
-choice and has no part in it.
+its mean. Kind of scores, form of weights and λ are chosen on the folds that train; the left-out fold judges the choice
+without a part in the choice.
 
 Source: Breiman, Stacked regressions, Machine Learning 24 (1996); Varma and Simon, BMC Bioinformatics 7:91 (2006), for
 the nesting; McNemar, Psychometrika 12 (1947).
@@ -37,7 +37,7 @@ _SCALES = (1e-3, 1e4)
 
 
 class Recipe(NamedTuple):
-    """How weights are fitted: of which scores, one for each class or one for all, and the relative penalty."""
+    """How weights are fitted: from scores of a kind, per class or for all classes, with a relative penalty."""
 
     kind: ScoreKind
     per_class: bool
@@ -48,7 +48,7 @@ class Recipe(NamedTuple):
 class MemberScores:
     """Scores of every member for the same inputs, and the class that is right.
 
-    Shapes: scores (inputs, classes) of each member, truth (inputs,). `probabilities` says which members give
+    Shapes: scores (inputs, classes) of each member, truth (inputs,). `probabilities` marks the members that give
     probabilities; `names` are for messages.
     """
 
@@ -65,6 +65,7 @@ class MemberScores:
     @cached_property
     def target(self) -> Array:
         """1 for the right class, less its mean. Shapes: (inputs, classes)."""
+        # Centred as the scores are, so that no intercept is needed.
         return np.asarray(np.eye(self.classes)[self.truth] - 1 / self.classes)
 
     def centred(self, kind: ScoreKind) -> Array:
@@ -73,14 +74,14 @@ class MemberScores:
         return np.stack([centred_scores(each, kind, probabilities=shares) for each, shares in pairs], axis=1)
 
     def hits(self) -> Array:
-        """Which inputs each member predicts rightly. Shapes: (members, inputs)."""
+        """Right predictions of each member. Shapes: (members, inputs)."""
         return np.stack([each.argmax(axis=1) == self.truth for each in self.scores])
 
     def check(self) -> None:
         """Refuse scores that no weights can be fitted to.
 
         Raises:
-            LearningError: too few inputs, one class only, or scores that are not finite; the facts say which.
+            LearningError: too few inputs, a single class, or scores that are not finite.
         """
         count, present = len(self.truth), np.unique(self.truth)
         if count < MIN_INPUTS:
@@ -106,7 +107,7 @@ class MemberScores:
 
 
 class FoldFit(NamedTuple):
-    """What one set of training folds chose: the recipe and its weights."""
+    """The choice of one set of training folds: the recipe and the fitted weights."""
 
     recipe: Recipe
     weights: Array
@@ -117,7 +118,7 @@ class FittedFusion:
     """Weights fitted on all inputs, and the gain of the whole procedure on folds that had no part in it.
 
     Shapes: weights (members, 1) or (members, classes). `scale` makes the sum log-odds. `alone` is the member that the
-    gain is over. `outer` is what each fold's training inputs chose.
+    gain is over. `outer` has the choice of each fold's training inputs.
     """
 
     recipe: Recipe
@@ -171,7 +172,7 @@ def ridge_weights(scores: Array, target: Array, penalty: float, *, per_class: bo
 def fit_fusion(data: MemberScores, reference: int | None = None, seed: int = 0) -> FittedFusion:
     """Weights of all members, and their gain over the member `reference`.
 
-    Without `reference` over the member that is best on all inputs: chosen on what judges, but in the member's favour.
+    Without `reference` over the member that is best on all inputs: a choice in that member's favour.
 
     Raises:
         LearningError: scores that no weights can be fitted to, as `MemberScores.check`.
@@ -188,6 +189,7 @@ def fit_fusion(data: MemberScores, reference: int | None = None, seed: int = 0) 
         weights = search.weights(recipe, training)
         fused[is_outer] = search.predictions(recipe, weights, is_outer) == data.truth[is_outer]
         outer.append(FoldFit(recipe, weights))
+    # More inputs than any fold had: the published weights are no worse than those that were judged.
     everything = range(FOLDS)
     recipe = search.choose(everything)
     return FittedFusion(
@@ -233,7 +235,7 @@ def _newcombe(alone: Array, fused: Array) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class NormalEquations:
-    """Sums over inputs, of which the sums of any folds are made. Shapes: (classes, members, members | none)."""
+    """Sums over inputs; those of several folds add up. Shapes: (classes, members, members | none)."""
 
     products: Array
     targets: Array
@@ -263,6 +265,7 @@ def _solve(sums: NormalEquations, penalty: float, per_class: bool) -> Array:
     products, targets = sums.products, sums.targets
     if not per_class:
         products, targets = products.sum(axis=0, keepdims=True), targets.sum(axis=0, keepdims=True)
+    # A positive penalty also makes members that repeat each other solvable.
     ridge = penalty * np.eye(products.shape[-1])
     return np.asarray(np.linalg.solve(products + ridge, targets[..., None])[..., 0].T)
 
@@ -275,6 +278,7 @@ class _Search:
         # Without regard to classes: a fold must not depend on the labels of another.
         self.folds = np.random.default_rng(seed).permutation(len(data.truth)) % FOLDS
         self._scores: Mapping[ScoreKind, Array] = {kind: data.centred(kind) for kind in _KINDS}
+        # Sums of each fold once: any set of training folds is a sum of these.
         self._sums = {
             (kind, fold): NormalEquations.of(scores[self.folds == fold], data.target[self.folds == fold])
             for kind, scores in self._scores.items()
@@ -305,7 +309,7 @@ class _Search:
     def choose(self, folds: Collection[int]) -> Recipe:
         """The recipe with the fewest errors; of equals, with the least squared error.
 
-        A weight for each class has to be better by a standard error: it has as many times more to overfit with.
+        Weights for each class have to be better by a standard error, since more weights overfit more.
         """
         rows = np.isin(self.folds, list(folds))
         truth = self._data.truth[rows]
@@ -330,8 +334,8 @@ class _Search:
 def _scale(sums: Array, truth: Array) -> float:
     """The factor under which softmax gives the likeliest probabilities of the true classes.
 
-    The likelihood is concave in the factor, so bisection of its slope finds the maximum. The sums are of weights that
-    did not see the input: the fit's own would be too sure.
+    The likelihood is concave in the factor, so bisection of its slope finds the maximum. The sums are by weights
+    fitted without the input: sums of the fit's own inputs would be too sure.
     """
 
     def slope(scale: float) -> float:

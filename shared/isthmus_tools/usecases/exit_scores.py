@@ -1,4 +1,4 @@
-"""Runs of a classifier's exit and tail on inputs, as routers run these: the scores that a fusion is learned from."""
+"""Runs of a classifier's exit and tail on inputs, by the route that serves: the scores for a fusion's weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ObservedExit:
 def fitting_route(
     model: Resolved, cut: str, planned: Candidate | None, choice: Choice, hop: Hop, tables: Tables
 ) -> Route:
-    """The route as it will be served: behind the exit at `cut`, boundary tensors as `planned`, else under `choice`.
+    """The route of service: behind the exit at `cut`, boundary tensors as `planned`, else under `choice`.
 
     Raises:
         Missing: the bundle has no partition at `cut`.

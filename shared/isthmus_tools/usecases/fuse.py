@@ -1,4 +1,4 @@
-"""Fusion of a model's exit and its tail: weights learned on held-out inputs, and the version that carries them."""
+"""Fusion of a model's exit and its tail: weights learned on held-out inputs, published in the next version."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from isthmus_tools.usecases.exit_scores import ObservedExit, fitting_route, obse
 from isthmus_tools.usecases.publication import Publication, open_predecessor, publish_version
 
 INPUTS = 20_000
-"""Inputs at most, by default: most of them exit, and those that go on decide."""
+"""Inputs at most, by default: most inputs exit, and the rest decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FuseRequest:
     """A model with an exit, and the held-out inputs that its fusion is learned from.
 
-    `model` is NAME or NAME:VERSION; `cut` that of the exit, empty for the only one. `labels` is a file for
+    `model` is NAME or NAME:VERSION; `cut` that of the exit, empty where there is a single exit. `labels` is a file for
     `open_labelled`; without labels, agreement with the model's own predictions is learned. `codec` is that of the
     boundary tensors: None for the plan's at this cut, raw without a plan. `inputs` bounds the number of inputs.
     """
@@ -51,7 +51,7 @@ class FuseRequest:
 
 @dataclass(frozen=True)
 class FuseResult:
-    """The published version with its fusion; of `inputs` the exit took `exited`, which no fusion concerns."""
+    """The published version with its fusion; of `inputs` the exit took `exited`, outside of the fusion."""
 
     publication: Publication
     fusion: Fusion
@@ -60,7 +60,7 @@ class FuseResult:
 
 
 def fuse(request: FuseRequest, progress: Progress = silent) -> FuseResult:
-    """Learn the weights of a model's exit and its tail, and publish the version in which routers apply these.
+    """Learn the weights of a model's exit and its tail, and publish the version with these weights for routers.
 
     Raises:
         LearningError: no exit at the cut, unusable data, or no gain beyond chance; nothing was published.
@@ -72,7 +72,7 @@ def fuse(request: FuseRequest, progress: Progress = silent) -> FuseResult:
     classes = classes_of(model.bundle, registry.blob)
     data = open_labelled(model.bundle, request.data, classes, labels=request.labels).sample(request.inputs)
     planned = _planned(registry, model.bundle, cut) if request.codec is None else None
-    # Runs give both members' own scores, whatever fusion the version has.
+    # Without an earlier fusion, so that runs give both members' own scores.
     plain = replace(model, bundle=structs.replace(model.bundle, fusion=None))
     store = SegmentStore(open_cache(settings, registry), settings)
     with closing(store):
@@ -92,6 +92,7 @@ def fuse(request: FuseRequest, progress: Progress = silent) -> FuseResult:
 
 
 def _exit_cut(bundle: Bundle, text: str) -> str:
+    # Branches without a gate draft tokens of a language model.
     gated = [each.cut for each in bundle.exits if each.gate is not None]
     names = bundle.cut_names(text) if text else tuple(gated)
     if len(names) == 1 and names[0] in gated:
@@ -128,5 +129,6 @@ def _fusion(cut: str, output: str, fitted: FittedFusion, observed: ObservedExit,
 
 def _hint(data: LabelledData, name: str) -> str:
     if data.labels is None:
+        # The model agrees with itself wherever no codec is in between.
         return "without labels a fusion can only repair what a codec changed: give --labels FILE, or --codec CODEC"
     return f"where the exit errs as {name} does it adds nothing; further inputs narrow the interval"

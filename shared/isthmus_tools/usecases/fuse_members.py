@@ -1,4 +1,4 @@
-"""Fusion of several models into one: their graphs side by side, and a weighted sum of their scores at the end."""
+"""Fusion of several models into a single model: their graphs side by side, then a weighted sum of their scores."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from isthmus_tools.usecases.fusion_members import Members, open_members
 from isthmus_tools.usecases.publication import Publication, publish_version, refuse_encrypted
 
 INPUTS = 20_000
-# Inputs on which the one graph is compared with its members: conversions of opsets err for every input or for none.
+# Inputs to compare the fused graph with its members: conversions of opsets err for every input or for none.
 _CHECKED = 4
 _TOP_K = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class FuseMembersRequest:
-    """Models that become one of the name `name`, and the labelled inputs that their weights are learned from.
+    """Models to fuse under the name `name`, and the labelled inputs for their weights.
 
-    `members` are NAME or NAME:VERSION. Inputs are named `MEMBER.INPUT`; with `shared` all members take the same ones.
+    `members` are NAME or NAME:VERSION. Inputs are named `MEMBER.INPUT`; with `shared` all members take the same inputs.
     `labels` is a file for `open_labelled`. `inputs` bounds the number of inputs.
     """
 
@@ -74,7 +74,7 @@ def fuse_members(request: FuseMembersRequest, progress: Progress = silent) -> Fu
     registry = open_registry(settings)
     models = [registry.resolve(reference) for reference in request.members]
     for model in models:
-        # Its graph would be plain in the new model.
+        # An encrypted member's graph would be plain in the new model.
         refuse_encrypted(registry, model)
         if model.name == request.name:
             raise ModelError(f"{request.name} is a member; the fusion needs a name of its own", member=model.name)
@@ -83,6 +83,7 @@ def fuse_members(request: FuseMembersRequest, progress: Progress = silent) -> Fu
         members.data_bundle(request.name), request.data, members.each[0].classes, labels=request.labels, required=True
     ).sample(request.inputs)
     cache = open_cache(settings, registry)
+    # Before the graphs are built: a refusal costs no build.
     observed = members.scores(cache, settings, data, progress)
     progress("learning the weights")
     fitted = fit_fusion(observed)
@@ -103,6 +104,7 @@ def fuse_members(request: FuseMembersRequest, progress: Progress = silent) -> Fu
             source={"fusion": _document(members, fitted)},
             progress=progress,
         )
+        # Members that share a photo redact it alike, which `open_members` has checked.
         bundle = structs.replace(bundle, redaction=members.first.redaction)
         progress("publishing")
         publication = publish_version(registry, bundle, files, request.alias, settings=request.registry, dry_run=True)
@@ -132,7 +134,7 @@ def _graphs(members: Members, observed: MemberScores, cache: SegmentCache) -> It
 
 def _processing(members: Members) -> dict[str, Any]:
     top_k = (members.first.postprocess or {}).get("top_k", _TOP_K)
-    # The sum is log-odds, whatever the members give.
+    # The sum is log-odds, of members with logits and with probabilities alike.
     postprocess = {"kind": "classify", "output": FUSED, "softmax": True, "top_k": top_k}
     return {
         "preprocess": members.first.preprocess if members.shared else None,

@@ -29,7 +29,7 @@ MAX_MEMBERS = 8
 
 @dataclass(frozen=True)
 class FusionMember:
-    """A classifier of the registry; `name` is what its names in the one graph begin with."""
+    """A classifier of the registry; `name` is the prefix of its names in the fused graph."""
 
     name: str
     model: Resolved
@@ -38,7 +38,7 @@ class FusionMember:
 
 @dataclass(frozen=True)
 class Members:
-    """The members in order; `shared`: all take the same inputs."""
+    """The members in order; with `shared` all take the same inputs."""
 
     each: tuple[FusionMember, ...]
     shared: bool
@@ -54,7 +54,7 @@ class Members:
         return self.each[0].model.bundle
 
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """The inputs of the one model."""
+        """The inputs of the fused model."""
         specs = {
             (name := input_name(member.name, spec.name, shared=self.shared)): structs.replace(spec, name=name)
             for member in self.each
@@ -63,7 +63,7 @@ class Members:
         return tuple(specs.values())
 
     def data_bundle(self, name: str) -> Bundle:
-        """A bundle that takes the one model's inputs, to read data for: photos where all members take the same."""
+        """A bundle with the fused model's inputs, to read data for: photos where all members share these."""
         return structs.replace(
             self.first, name=name, inputs=self.inputs(), preprocess=self.first.preprocess if self.shared else None
         )
@@ -78,6 +78,7 @@ class Members:
         """
         if data.labels is None:
             raise LearningError(f"{data.name} has no labels", hint="--labels FILE, or a folder for each class")
+        # Uncut: a member's own cuts play no part in the fusion.
         executors = [SegmentExecutor(m.model.digest, m.model.bundle, cache, settings) for m in self.each]
         rows: list[list[Array]] = [[] for _ in self.each]
         for index, inputs in enumerate(data.inputs()):
@@ -86,6 +87,7 @@ class Members:
                 outputs = executor.predict(self._own(member, inputs))
                 scores.append(np.asarray(outputs[member.classes.output.name].reshape(-1), np.float64))
         stacked = tuple(np.stack(scores) for scores in rows)
+        # By the scores themselves: models without a post-processing do not say.
         shares = tuple(are_probabilities(scores) for scores in stacked)
         return MemberScores(tuple(member.name for member in self.each), stacked, shares, data.labels)
 
@@ -98,7 +100,7 @@ def open_members(registry: Registry, models: Sequence[Resolved], *, shared: bool
     """The members of a fusion.
 
     Raises:
-        LearningError: fewer than two, no classifiers, or members whose classes or inputs do not go together.
+        LearningError: fewer than two, no classifiers, or members with classes or inputs that do not go together.
     """
     if not 2 <= len(models) <= MAX_MEMBERS:
         raise LearningError(
@@ -109,6 +111,7 @@ def open_members(registry: Registry, models: Sequence[Resolved], *, shared: bool
     names = [m.name if counts[m.name] == 1 else f"{m.name}-{m.version}" for m in models]
     if len(set(names)) < len(names):
         raise LearningError(f"a fusion of {', '.join(names)} has a member twice", members=names)
+    # Refuses models without scores of classes, by name.
     members = [
         FusionMember(name, model, classes_of(model.bundle, registry.blob))
         for name, model in zip(names, models, strict=True)
@@ -130,6 +133,7 @@ def _check_classes(members: Sequence[FusionMember]) -> None:
             classes=counts,
             hint="a weighted sum needs scores of the same classes in the same order",
         )
+    # Members without names take those of the others on trust; the gain would show another order.
     labelled = [member for member in members if member.classes.names]
     for member in labelled[1:]:
         pairs = zip(labelled[0].classes.names, member.classes.names, strict=True)
@@ -143,7 +147,7 @@ def _check_classes(members: Sequence[FusionMember]) -> None:
 
 
 def _check_batches(members: Sequence[FusionMember]) -> None:
-    """Members of different batches would be summed by broadcasting, the one row to all others."""
+    """Members of different batches would be summed by broadcasting a single row."""
     sizes = {m.name: m.classes.output.shape[0] for m in members}
     if len({size if isinstance(size, int) else "free" for size in sizes.values()}) > 1:
         listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
@@ -155,6 +159,7 @@ def _check_batches(members: Sequence[FusionMember]) -> None:
 
 
 def _check_shared(members: Sequence[FusionMember]) -> None:
+    # The same pre-processing too: a photo becomes a single tensor.
     first = members[0].model.bundle
     for member in members[1:]:
         bundle = member.model.bundle
@@ -183,7 +188,7 @@ def _go_together(one: TensorSpec, other: TensorSpec) -> bool:
 
 
 def _check_redaction(members: Sequence[FusionMember], *, shared: bool) -> None:
-    """No member's inputs may leave unredacted because they reach it through a fusion."""
+    """A fusion must not pass inputs unredacted to a member with a redaction."""
     redactions = [member.model.bundle.redaction for member in members]
     if any(redactions) and not (shared and all(each == redactions[0] for each in redactions)):
         named = next(m.name for m, redaction in zip(members, redactions, strict=True) if redaction)

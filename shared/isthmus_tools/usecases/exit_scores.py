@@ -9,13 +9,13 @@ import numpy as np
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import RAW, Choice
-from isthmus.artifacts.plan import Candidate
+from isthmus.artifacts.plan import Candidate, read_plan
 from isthmus.codecs import Tables, encodings
 from isthmus.context import Context
 from isthmus.errors import LearningError
 from isthmus.pipeline import Hop, Result, Route, execute, plan_route, planned_route
 from isthmus.pipeline.agreement import are_probabilities
-from isthmus.registry import Resolved
+from isthmus.registry import Registry, Resolved
 from isthmus.runtime.tables import tables_of
 from isthmus_tools.learning.fusion import MemberScores
 from isthmus_tools.learning.labelled import LabelledData
@@ -32,6 +32,31 @@ class ObservedExit:
     scores: MemberScores
     exited: int
     codec: str
+
+
+def exit_cut(bundle: Bundle, text: str) -> str:
+    """The cut of the exit that `text` names, or of the only exit.
+
+    Raises:
+        LearningError: no such exit, or several and no name.
+        Missing: no such cut.
+    """
+    # Branches without a gate draft tokens of a language model.
+    gated = [each.cut for each in bundle.exits if each.gate is not None]
+    names = bundle.cut_names(text) if text else tuple(gated)
+    if len(names) == 1 and names[0] in gated:
+        return names[0]
+    if not gated:
+        hint = f"learn one first: isthmus exits {bundle.name} --data FOLDER"
+        raise LearningError(f"{bundle.name} has no exit whose scores could be fused", exists=[], hint=hint)
+    asked = f", none at {'/'.join(names)}" if text else ", and a fusion is of one"
+    raise LearningError(f"{bundle.name} has exits at {', '.join(gated)}{asked}", exists=gated, hint=f"--cut {gated[0]}")
+
+
+def planned_choice(registry: Registry, bundle: Bundle, cut: str) -> Candidate | None:
+    """The plan's choice, where it cuts at the exit."""
+    plan = read_plan(bundle, registry.blob)
+    return plan.choice if plan is not None and plan.choice.cuts[:1] == (cut,) else None
 
 
 def fitting_route(

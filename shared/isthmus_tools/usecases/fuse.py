@@ -8,13 +8,10 @@ from pathlib import Path
 
 from msgspec import structs
 
-from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import RAW, Choice
 from isthmus.artifacts.fusion import Fusion
-from isthmus.artifacts.plan import Candidate, read_plan
-from isthmus.errors import LearningError
 from isthmus.pipeline import LocalHop, LoopbackHop
-from isthmus.registry import Registry, open_cache
+from isthmus.registry import open_cache
 from isthmus.runtime.store import SegmentStore
 from isthmus.settings import RegistrySettings, SegmentSettings
 from isthmus_tools.learning.classes import classes_of
@@ -22,7 +19,7 @@ from isthmus_tools.learning.fusion import FittedFusion, fit_fusion, require_gain
 from isthmus_tools.learning.labelled import LabelledData, open_labelled
 from isthmus_tools.planner.segment_pool import codec_tables
 from isthmus_tools.progress import Progress, silent
-from isthmus_tools.usecases.exit_scores import ObservedExit, fitting_route, observe_exit
+from isthmus_tools.usecases.exit_scores import ObservedExit, exit_cut, fitting_route, observe_exit, planned_choice
 from isthmus_tools.usecases.publication import Publication, open_predecessor, publish_version
 
 INPUTS = 20_000
@@ -68,10 +65,10 @@ def fuse(request: FuseRequest, progress: Progress = silent) -> FuseResult:
     """
     settings = SegmentSettings(**vars(request.registry), threads=request.threads)
     registry, model = open_predecessor(settings, request.model, request.alias)
-    cut = _exit_cut(model.bundle, request.cut)
+    cut = exit_cut(model.bundle, request.cut)
     classes = classes_of(model.bundle, registry.blob)
     data = open_labelled(model.bundle, request.data, classes, labels=request.labels).sample(request.inputs)
-    planned = _planned(registry, model.bundle, cut) if request.codec is None else None
+    planned = planned_choice(registry, model.bundle, cut) if request.codec is None else None
     # Without an earlier fusion, so that runs give both members' own scores.
     plain = replace(model, bundle=structs.replace(model.bundle, fusion=None))
     store = SegmentStore(open_cache(settings, registry), settings)
@@ -89,25 +86,6 @@ def fuse(request: FuseRequest, progress: Progress = silent) -> FuseResult:
     bundle = structs.replace(model.bundle, fusion=fusion, plan=None)
     publication = publish_version(registry, bundle, {}, request.alias, settings=request.registry, before=model)
     return FuseResult(publication, fusion, len(data), observed.exited)
-
-
-def _exit_cut(bundle: Bundle, text: str) -> str:
-    # Branches without a gate draft tokens of a language model.
-    gated = [each.cut for each in bundle.exits if each.gate is not None]
-    names = bundle.cut_names(text) if text else tuple(gated)
-    if len(names) == 1 and names[0] in gated:
-        return names[0]
-    if not gated:
-        hint = f"learn one first: isthmus exits {bundle.name} --data FOLDER"
-        raise LearningError(f"{bundle.name} has no exit whose scores could be fused", exists=[], hint=hint)
-    asked = f", none at {'/'.join(names)}" if text else ", and a fusion is of one"
-    raise LearningError(f"{bundle.name} has exits at {', '.join(gated)}{asked}", exists=gated, hint=f"--cut {gated[0]}")
-
-
-def _planned(registry: Registry, bundle: Bundle, cut: str) -> Candidate | None:
-    """The plan's choice, where it cuts at the exit."""
-    plan = read_plan(bundle, registry.blob)
-    return plan.choice if plan is not None and plan.choice.cuts[:1] == (cut,) else None
 
 
 def _fusion(cut: str, output: str, fitted: FittedFusion, observed: ObservedExit, *, is_labelled: bool) -> Fusion:

@@ -36,7 +36,7 @@ _KINDS: tuple[ScoreKind, ...] = ("log_odds", "probabilities")
 _SCALES = (1e-3, 1e4)
 
 
-class Recipe(NamedTuple):
+class FusionRecipe(NamedTuple):
     """How weights are fitted: from scores of a kind, per class or for all classes, with a relative penalty."""
 
     kind: ScoreKind
@@ -109,7 +109,7 @@ class MemberScores:
 class FoldFit(NamedTuple):
     """The choice of one set of training folds: the recipe and the fitted weights."""
 
-    recipe: Recipe
+    recipe: FusionRecipe
     weights: Array
 
 
@@ -121,7 +121,7 @@ class FittedFusion:
     gain is over. `outer` has the choice of each fold's training inputs.
     """
 
-    recipe: Recipe
+    recipe: FusionRecipe
     weights: Array
     scale: float
     alone: int
@@ -285,7 +285,7 @@ class _Search:
             for fold in range(FOLDS)
         }
 
-    def weights(self, recipe: Recipe, folds: Iterable[int]) -> Array:
+    def weights(self, recipe: FusionRecipe, folds: Iterable[int]) -> Array:
         """The weights that `folds` give."""
         sums = NormalEquations.total(self._sums[recipe.kind, fold] for fold in folds)
         # A class has a part of the sum alone.
@@ -294,11 +294,11 @@ class _Search:
         penalty = recipe.penalty * sums.mean_square * share or recipe.penalty
         return _solve(sums, penalty, recipe.per_class)
 
-    def predictions(self, recipe: Recipe, weights: Array, rows: Array) -> Array:
+    def predictions(self, recipe: FusionRecipe, weights: Array, rows: Array) -> Array:
         """The classes that the sum predicts for some inputs."""
         return np.asarray(self._sum(recipe, weights, rows).argmax(axis=1))
 
-    def held_out(self, recipe: Recipe, folds: Collection[int]) -> Array:
+    def held_out(self, recipe: FusionRecipe, folds: Collection[int]) -> Array:
         """The sum for each input of `folds`, by weights of the other folds among them; zeros for further inputs."""
         sums = np.zeros((len(self.folds), self._data.classes))
         for fold in folds:
@@ -306,7 +306,7 @@ class _Search:
             sums[self.folds == fold] = self._sum(recipe, weights, self.folds == fold)
         return sums
 
-    def choose(self, folds: Collection[int]) -> Recipe:
+    def choose(self, folds: Collection[int]) -> FusionRecipe:
         """The recipe with the fewest errors; of equals, with the least squared error.
 
         Weights for each class have to be better by a standard error, since more weights overfit more.
@@ -314,8 +314,8 @@ class _Search:
         rows = np.isin(self.folds, list(folds))
         truth = self._data.truth[rows]
 
-        def best(per_class: bool) -> tuple[Recipe, Array]:
-            recipes = [Recipe(kind, per_class, p) for kind, p in itertools.product(_KINDS, PENALTIES)]
+        def best(per_class: bool) -> tuple[FusionRecipe, Array]:
+            recipes = [FusionRecipe(kind, per_class, p) for kind, p in itertools.product(_KINDS, PENALTIES)]
             sums = [self.held_out(recipe, folds)[rows] for recipe in recipes]
             errors = [each.argmax(axis=1) != truth for each in sums]
             squares = [float(((each - self._data.target[rows]) ** 2).sum()) for each in sums]
@@ -326,7 +326,7 @@ class _Search:
         saved = single_errors.astype(np.float64) - many_errors
         return many if saved.mean() > saved.std() / np.sqrt(len(saved)) else single
 
-    def _sum(self, recipe: Recipe, weights: Array, rows: Array) -> Array:
+    def _sum(self, recipe: FusionRecipe, weights: Array, rows: Array) -> Array:
         scores = self._scores[recipe.kind][rows]
         return weighted_sum([scores[:, i] for i in range(scores.shape[1])], list(weights))
 

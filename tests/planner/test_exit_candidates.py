@@ -19,11 +19,11 @@ from isthmus_tools.planner.choice import build_plan, over_link, violations
 from isthmus_tools.planner.costs import CallBytes
 from isthmus_tools.planner.evaluation import Evaluation, TransferCosts
 from isthmus_tools.planner.exit_trials import ExitTrial
-from isthmus_tools.planner.inputs import random_inputs
+from isthmus_tools.planner.inputs import from_photos, random_inputs
 from isthmus_tools.planner.measurement import contenders, requester
 from isthmus_tools.planner.segment_pool import codec_tables
 from isthmus_tools.usecases.explain import in_words
-from support.bundles import publish_photos, segment_settings, served
+from support.bundles import photo, publish_photos, segment_settings, served
 from support.calibrated_photos import no_variant, remote
 from support.candidate_sets import LINK, evaluated
 from support.closer_looks import LOOKED
@@ -110,6 +110,18 @@ def test_enough_inputs_of_the_planner_tell_the_share_that_exits(
     assert early.exit.share * 12 == pytest.approx(round(early.exit.share * 12))
     # Other weights than the model's: the scores are none of its own.
     assert early.exit.error > 0.1
+
+
+def test_photos_of_the_user_tell_the_share_that_exits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isthmus_tools.planner.exit_trials.MIN_INPUTS", 12)
+    published = with_served_exit(publish_photos(tmp_path), tmp_path, 0.999)
+    examples, further = from_photos(published.bundle, [photo()]), [photo(seed=seed) for seed in range(1, 12)]
+    for is_own, inputs in ((True, 12), (False, 400)):
+        options: Any = {"examples": examples, "kind": "photo", "jpeg_photos": further, "own_photos": is_own}
+        with evaluated(published, **options, max_cuts=1) as made:
+            early = planned(made)["split-6-raw-exit"].exit
+        assert early is not None
+        assert (early.inputs, early.examples) == (inputs, is_own)
 
 
 def test_a_compressed_head_is_a_candidate_with_each_codec_and_the_agreement_of_its_own(

@@ -210,8 +210,9 @@ class CandidateSet(PlannedBundle):
         def edge_size(segment: SegmentId) -> int:
             if not option.head:
                 return size(edge, segment)
-            variant = self.bundle.segment(SegmentId(segment.start, segment.stop, option.head))
-            return edge.variant(variant.graph.size, self._nodes(segment))
+            variant = next(each for each in self.bundle.variants_of(segment) if each.name == option.head)
+            # Measured as profiles measure segments: weights and the runtime's arena.
+            return variant.memory_bytes or edge.variant(variant.segment.graph.size, self._nodes(segment))
 
         if option.kind == "edge":
             return edge_size(WHOLE), 0

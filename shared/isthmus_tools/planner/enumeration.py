@@ -55,6 +55,7 @@ def enumerate_candidates(
     max_cuts: int = MAX_CUTS,
     all_prefixes: bool = False,
     jpeg_photos: Sequence[bytes] = (),
+    own_photos: bool = False,
     progress: Progress = silent,
     budget: Budget = UNLIMITED,
 ) -> Iterator[CandidateSet]:
@@ -64,7 +65,8 @@ def enumerate_candidates(
     `links` and the objective, or takes all prefix cuts with `all_prefixes`; predictions for other links use the same
     candidates. Heads beyond `edge_memory_bytes` are left out, and so are cuts and codecs whose tensors reveal more than
     `private_ssim`. Photos compressed at the edge are judged by `jpeg_photos`, else by `inputs`: a share of disagreement
-    takes more photos than bytes and seconds do. After the budget no further cut is evaluated, nor the int8 variant; the
+    takes more photos than bytes and seconds do. With `own_photos` they tell the share of an exit too: photos of
+    packages are not what requests will be. After the budget no further cut is evaluated, nor the int8 variant; the
     set's notes name the omissions.
 
     Raises:
@@ -129,7 +131,7 @@ def enumerate_candidates(
             progress("running the uncut model")
             with closing(SegmentPool(bundle, resolved.digest, files, cache, threads=threads)) as pool:
                 evaluator = Evaluator(bundle, resolved.digest, pool, inputs, codec_tables(registry))
-                trials = Trials(candidates, evaluator, offer, progress, budget, jpeg_photos)
+                trials = Trials(candidates, evaluator, offer, progress, budget, jpeg_photos, own_photos)
                 trials.whole_model()
                 trials.variants.whole()
                 trials.splits(names)

@@ -217,6 +217,17 @@ class Evaluator:
         sure, unsure = CallBytes(head.sent, reply), CallBytes(head.sent, head.received + reply)
         return BranchRuns(seconds, [result.tensors for result in results], self._predictions, sure, unsure)
 
+    def branch_on(self, branch: Segment, photos: Sequence[bytes]) -> list[Mapping[str, Array]]:
+        """The tensors of an exit's branch for further photos.
+
+        Raises:
+            RunFailed, MediaUnsupported: a segment does not run, or a photo cannot be read.
+        """
+        head = self._bundle.segment(SegmentId(stop=branch.id.start))
+        route = local_route(self._digest, self._bundle, [head, branch], LoopbackHop(LocalHop(self._pool)))
+        inputs = (sample_input(self._bundle, photo) for photo in photos)
+        return [execute(route, arrays, _context()).tensors for arrays in inputs]
+
     @property
     def _predictions(self) -> list[Mapping[str, Array]]:
         return [result.outputs for result in self._expected]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from msgspec import structs
 
+from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.fidelity import measure_for
 from isthmus.artifacts.gate import EXIT_CONFIDENCE, EXIT_SCORES, Gate
@@ -63,19 +65,20 @@ class ExitTrial:
         )
 
 
-def try_exit(bundle: Bundle, gate: Gate, runs: BranchRuns) -> ExitTrial:
-    """The trial of a classifier's exit, by the runs of its branch."""
+def try_exit(bundle: Bundle, gate: Gate, runs: BranchRuns, further: Sequence[Mapping[str, Array]] = ()) -> ExitTrial:
+    """The trial of a classifier's exit, by the runs of its branch; `further` are tensors for the share alone."""
     measure = measure_for(bundle, gate.output)
-    exits = [is_sure(answer[EXIT_CONFIDENCE], gate.threshold) for answer in runs.answers]
+    every = [is_sure(answer[EXIT_CONFIDENCE], gate.threshold) for answer in (*runs.answers, *further)]
+    exits = every[: len(runs.answers)]
     early = [{**e, gate.output: a[EXIT_SCORES]} for e, a in zip(runs.expected, runs.answers, strict=True)]
     pairs = list(zip(runs.expected, early, strict=True))
     error = statistics.fmean(min(_MAX_ERROR, output_error(measure, *pair)) for pair in pairs)
-    is_enough = len(exits) >= MIN_INPUTS
-    share = statistics.fmean(exits) if is_enough else gate.share
+    is_enough = len(every) >= MIN_INPUTS
+    share = statistics.fmean(every) if is_enough else gate.share
     differing = sum(leaves and not agrees(measure, *pair) for leaves, pair in zip(exits, pairs, strict=True))
     return ExitTrial(
         gate,
-        PlannedExit(share, len(exits) if is_enough else gate.inputs, is_enough, error),
+        PlannedExit(share, len(every) if is_enough else gate.inputs, is_enough, error),
         disagreement=gate.bound if gate.risk == "disagreement" else max(gate.bound, differing / len(exits)),
         near=CallBytes(runs.sure.sent, round(share * runs.sure.received + (1 - share) * runs.unsure.received)),
         branch_s=runs.run_s,

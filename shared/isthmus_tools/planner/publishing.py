@@ -160,7 +160,7 @@ def _lost_at_edge(candidate: Candidate, bundle: Bundle) -> float:
     """The share of predictions that the candidate's exit, or its variant of the head, may change."""
     gates = [each.gate for each in bundle.exits if candidate.exit is not None and each.cut == candidate.cuts[0]]
     heads = bundle.variants_of(SegmentId(stop="".join(candidate.cuts[:1])))
-    lost = [1 - each.agreement for each in heads if each.segment.id.variant == candidate.head]
+    lost = [1 - each.agreement for each in heads if each.name == candidate.head]
     return sum(gate.bound for gate in gates if gate is not None) + sum(lost)
 
 

@@ -30,7 +30,8 @@ JPEG_QUALITIES = (85, 95)
 class Trials:
     """Adds every option to `candidates`, each with its evaluation, and notes on options left out.
 
-    JPEGs are judged by `jpeg_photos`, else by the trial's own inputs.
+    JPEGs are judged by `jpeg_photos`, else by the trial's own inputs. `own_photos` says that these are the user's, and
+    so tell the share of requests that exit.
     """
 
     candidates: CandidateSet
@@ -39,6 +40,7 @@ class Trials:
     progress: Progress
     budget: Budget
     jpeg_photos: Sequence[bytes] = ()
+    own_photos: bool = False
 
     def whole_model(self) -> None:
         """Compare this process with the tiers, then evaluate edge-only, and cloud-only without a private depth."""
@@ -92,7 +94,8 @@ class Trials:
         if (branch := exit_branch(bundle, cut)) is None:
             return None
         with self.candidates.or_note(f"the exit at {cut}"):
-            return try_exit(bundle, branch.gate, self.evaluator.branch(branch.segment))
+            further = self.evaluator.branch_on(branch.segment, self.jpeg_photos) if self.own_photos else []
+            return try_exit(bundle, branch.gate, self.evaluator.branch(branch.segment), further)
         return None
 
     def _photo(self) -> None:

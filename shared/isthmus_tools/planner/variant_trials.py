@@ -35,7 +35,7 @@ class VariantTrials:
     def whole(self) -> None:
         """Evaluate the bundle's variants of the whole model, at the edge."""
         for variant in self.candidates.bundle.variants_of(WHOLE):
-            head = variant.segment.id.variant
+            head = variant.name
             self.progress(f"trying the variant {head} at the edge")
             with self.candidates.or_note(f"edge-{head}"):
                 evaluation = self._judged(variant, self.evaluator.whole_variant(variant.segment), Error(0.0, 0))
@@ -48,7 +48,7 @@ class VariantTrials:
             self.candidates.notes.append(f"variants of the head at {cut} were left out: their leaks were not measured")
             return
         for variant in variants:
-            head = variant.segment.id.variant
+            head = variant.name
             with self.candidates.or_note(f"the head {variant.segment.id}"):
                 ratio = self.evaluator.head_ratio(cut, head)
                 for choice in self.offer.codecs(cut):

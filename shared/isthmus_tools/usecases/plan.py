@@ -70,6 +70,7 @@ def plan(request: PlanRequest, progress: Progress = silent) -> PlanResult:
                 edge_memory_bytes=request.constraints.edge_memory_bytes,
                 int8=request.int8,
                 jpeg_photos=further_photos(model.bundle, request.photos, request.tensors),
+                own_photos=bool(request.photos),
                 progress=progress,
                 budget=request.budget.share(_TRIALS_SHARE),
             )

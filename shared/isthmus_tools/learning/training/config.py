@@ -181,7 +181,7 @@ class PublishTable(_TrainingTable, frozen=True, kw_only=True):
 
 
 class TrainConfig(_TrainingTable, frozen=True, kw_only=True):
-    """The whole file. A run keeps its files in `folder`; relative paths are relative to the configuration's folder."""
+    """The whole file. A run keeps its files in `folder`, relative to where the command runs, as the registry is."""
 
     name: Text
     folder: str = ""
@@ -196,6 +196,11 @@ class TrainConfig(_TrainingTable, frozen=True, kw_only=True):
     @property
     def network_name(self) -> str:
         return self.network.name or READY_NETWORKS[self.data.kind]
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run keeps its files."""
+        return Path(self.folder or f".isthmus/training/{self.name}")
 
     @property
     def cuts(self) -> tuple[str, ...]:
@@ -222,13 +227,10 @@ def read_config(path: Path, environment: dict[str, str]) -> TrainConfig:
     # The file means the same wherever the command runs.
     folder = path.absolute().parent
     sources = tuple(_anchored(source, folder) for source in config.data.sources)
-    own = str(folder / (config.folder or f".isthmus/training/{config.name}"))
     network = config.network
     if ".py:" in network.name:
         network = msgspec.structs.replace(network, name=str(folder / network.name))
-    return msgspec.structs.replace(
-        config, folder=own, network=network, data=msgspec.structs.replace(config.data, sources=sources)
-    )
+    return msgspec.structs.replace(config, network=network, data=msgspec.structs.replace(config.data, sources=sources))
 
 
 def parse_config(text: str, environment: dict[str, str], name: str = "train.toml") -> TrainConfig:

@@ -57,7 +57,7 @@ class TrainedNetwork:
 
 def open_checkpoints(config: TrainConfig, data: PreparedData, warn: Callable[[str], None]) -> Checkpoints:
     """The checkpoints of a run with this configuration and this data."""
-    folder = Path(config.folder) / "checkpoints"
+    folder = config.run_folder / "checkpoints"
     return Checkpoints(folder, config.training.keep, fingerprint(config, data), warn)
 
 

@@ -123,14 +123,14 @@ def _convolutional(
 ) -> TwoPartNetwork:
     # Height or width, or the length of a series.
     shortest = min(input_shape[1:])
-    stride = 2 if shortest >= _MIN_STRIDED else 1
+    first, second = (2 if shortest >= length else 1 for length in (_MIN_STRIDED, 2 * _MIN_STRIDED))
     # Odd, so that the padding is even on both sides.
     kernel = min(_FIRST_KERNEL if convolution is nn.Conv1d else 3, 2 * ((shortest - 1) // 2) + 1)
     head = nn.Sequential(
-        convolution(input_shape[0], width, kernel, stride=stride, padding=kernel // 2),
+        convolution(input_shape[0], width, kernel, stride=first, padding=kernel // 2),
         nn.ReLU(),
         _Residual(convolution, width),
-        convolution(width, bottleneck, 3, stride=stride, padding=1),
+        convolution(width, bottleneck, 3, stride=second, padding=1),
         nn.ReLU(),
     )
     # Twice as wide: the tail runs on the larger machine.

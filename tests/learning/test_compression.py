@@ -9,21 +9,31 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import helper, numpy_helper
 
 from isthmus.artifacts.bundle import Segment, SegmentVariant
 from isthmus.artifacts.constraints import Blob
+from isthmus.artifacts.fidelity import Measure
 from isthmus.artifacts.segment_id import SegmentId
-from isthmus.errors import CalibrationError, RequestMalformed
+from isthmus.errors import CalibrationError, ModelError, RequestMalformed
 from isthmus.registry import FolderStore, Registry
 from isthmus.runtime.ort_runner import OrtRunner
 from isthmus.serving import create_segment_app
 from isthmus.wire import frame as frames
+from isthmus_tools.calibration.inputs import CalibrationInput
+from isthmus_tools.graph.channel_edits import EditableGraph, LayerGeometry, LayerWeights
 from isthmus_tools.graph.quantise import saturates
+from isthmus_tools.graph.variant_graphs import standalone
 from isthmus_tools.learning.compression.choice import choose_variant, dominated_by, parse_target
 from isthmus_tools.learning.compression.measurement import PlainFigures
-from support.bundles import Published, framed, segment_settings
+from isthmus_tools.learning.compression.pruning import ChannelPruner, sampled
+from isthmus_tools.learning.compression.repair import GramSums, ReadingLayer, eliminate, refit
+from isthmus_tools.learning.compression.subject import HeadSubject, head_boundary, store_samples
+from support.bundles import Published, cache_of, framed, publish, save, segment_settings, value, weight
 from support.cli import document, isthmus, refusal
+from support.executors import executor_of
 from support.redundant_networks import CUT, publish_redundant, write_inputs
+from support.segments import run_whole
 
 INT8 = f"..{CUT}~int8"
 
@@ -55,6 +65,24 @@ def compressed(original: Published, data: Path, tmp_path_factory: pytest.TempPat
         digest=version.digest,
     )
     return published, printed
+
+
+@pytest.fixture(scope="module")
+def subject(original: Published, tmp_path_factory: pytest.TempPathFactory) -> HeadSubject:
+    folder, rng = tmp_path_factory.mktemp("subject"), np.random.default_rng(4)
+    arrays = rng.standard_normal((40, 1, 3, 12, 12)).astype(np.float32)
+    samples = store_samples((CalibrationInput("file", {"x": each}) for each in arrays), folder)
+    segment, tail = head_boundary(original.bundle, CUT)
+    with cache_of(original, folder / "cache").locate(original.digest, segment.id) as located:
+        graph = standalone(located.path, folder / "segment.onnx")
+    executor = executor_of(original, folder / "cache")
+    return HeadSubject(executor, segment, tail, graph, samples, Measure("top1", "scores"))
+
+
+def subject_node(subject: HeadSubject, output: str) -> str:
+    """The name of the node that computes a value."""
+    nodes = EditableGraph(subject.graph).model.graph
+    return next(str(node.name) for node in nodes if node.outputs[0].name == output)
 
 
 def compress(registry: Path, data: Path, *options: object) -> Any:
@@ -176,3 +204,100 @@ def test_sums_of_products_saturate_on_x86_without_vnni(tmp_path: Path, monkeypat
     assert not saturates(cpuinfo)
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert not saturates(cpuinfo)
+
+
+def test_repair_is_the_least_squares_fit_of_numpy() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((200, 12)), rng.standard_normal((200, 5))
+    start, ridge = rng.standard_normal((12, 5)), 0.3
+    sums = GramSums.empty(12, 5)
+    for rows in (slice(0, 70), slice(70, 200)):
+        sums.add(x[rows], y[rows])
+    # min |xW - y|² + λ|W - W₀|² as one system of more rows.
+    root = np.sqrt(ridge * np.square(x).sum() / 12)
+    oracle = np.linalg.lstsq(np.vstack([x, root * np.eye(12)]), np.vstack([y, root * start]), rcond=None)[0]
+    np.testing.assert_allclose(refit(sums, start, ridge), oracle, atol=1e-10)
+    assert sums.loss(oracle) == pytest.approx(float(np.square(x @ oracle - y).sum()))
+
+
+def test_the_loss_of_removed_channels_is_that_of_the_best_fit_of_the_others() -> None:
+    rng = np.random.default_rng(1)
+    # Two features a channel, and a constant one for the bias.
+    x = np.hstack([rng.standard_normal((400, 20)) @ rng.standard_normal((20, 20)), np.ones((400, 1))])
+    weights = rng.standard_normal((20, 3))
+    y = x[:, :20] @ weights + 2
+    sums = GramSums.empty(21, 3)
+    sums.add(x, y)
+    removed = eliminate([ReadingLayer(weights, 2, sums)], channels=10, least=4)
+    rows = [2 * c + i for c in range(10) if c not in removed.order for i in (0, 1)]
+    fitted = x[:, [*rows, 20]] @ np.linalg.lstsq(x[:, [*rows, 20]], y, rcond=None)[0]
+    assert removed.losses[-1] == pytest.approx(float(np.square(fitted - y).sum()) / sums.variance, rel=0.02)
+    assert sorted(removed.losses) == list(removed.losses)
+
+
+def test_channels_that_repeat_others_go_without_a_loss_and_without_repair_they_are_missed(
+    subject: HeadSubject, tmp_path: Path
+) -> None:
+    pruner = ChannelPruner(subject)
+    (group,) = pruner.groups
+    assert (group.channels, group.producers) == (32, (subject_node(subject, "c2"),))
+    with_repair = pruner.prune(0.65, tmp_path / "repaired.onnx")
+    without = pruner.prune(0.65, tmp_path / "cut.onnx", repair=False)
+    assert (with_repair.kept, with_repair.channels) == (16, 32)
+    assert with_repair.path.stat().st_size < subject.graph.stat().st_size
+    inputs = {"x": np.random.default_rng(5).standard_normal((1, 3, 12, 12)).astype(np.float32)}
+    whole, repaired, cut = (
+        subject.runner(path).run(inputs) for path in (subject.graph, with_repair.path, without.path)
+    )
+    assert {n: (a.shape, a.dtype) for n, a in whole.items()} == {n: (a.shape, a.dtype) for n, a in repaired.items()}
+    np.testing.assert_allclose(repaired["a6"], whole["a6"], atol=1e-3)
+    assert np.abs(cut["a6"] - whole["a6"]).max() > 0.05
+
+
+def test_less_work_than_pruning_can_leave_is_refused(subject: HeadSubject, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"pruning leaves .* of the work at least, and 10% is asked for"):
+        ChannelPruner(subject).prune(0.1, tmp_path / "small.onnx")
+
+
+def test_a_head_without_channels_between_two_layers_is_refused(original: Published, data: Path, tmp_path: Path) -> None:
+    weights = [weight("w", 32, 32)]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["m"]), helper.make_node("Relu", ["m"], ["y"])]
+    model = save(tmp_path / "plain.onnx", nodes, [value("x", 1, 32)], [value("y", 1, 32)], weights)
+    publish(tmp_path, model, {})
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    for index in range(2):
+        np.savez(folder / f"{index}.npz", x=np.random.default_rng(index).standard_normal((10, 1, 32)).astype("f4"))
+    options = ("--data", folder, "--registry", tmp_path / "registry", "--whole", "--json")
+    refused = refusal(isthmus("compress", "plain", "--method", "prune", *options))["error"]
+    assert "no channels of .. can be removed" in refused
+    made = document(isthmus("compress", "plain", "--method", "weights-int8", "--dominated", *options))
+    assert made["variants"][0]["method"].startswith("weights of 1 linear layers in int8")
+    assert made["variants"][0]["error"] < 0.02
+
+
+@pytest.mark.parametrize(
+    ("geometry", "shape"),
+    [((3, 3, 1, 1, 1), (9, 7)), ((3, 3, 2, 0, 1), (9, 7)), ((1, 1, 1, 0, 1), (5, 5)), ((3, 3, 1, 2, 2), (8, 8))],
+)
+def test_sampled_features_times_the_weights_are_what_the_convolution_gives(
+    geometry: tuple[int, ...], shape: tuple[int, int], tmp_path: Path
+) -> None:
+    height, width, stride, pad, dilation = geometry
+    rng = np.random.default_rng(3)
+    kernel, bias = rng.standard_normal((5, 4, height, width)), rng.standard_normal(5)
+    source = rng.standard_normal((2, 4, *shape)).astype(np.float32)
+    attributes = {"strides": [stride] * 2, "pads": [pad] * 4, "dilations": [dilation] * 2}
+    node = helper.make_node("Conv", ["x", "w", "b"], ["y"], **attributes)
+    weights = [numpy_helper.from_array(a.astype(np.float32), n) for n, a in (("w", kernel), ("b", bias))]
+    ends = [value("x", 2, 4, *shape)], [value("y", 2, 5, "h", "v")]
+    target = run_whole(save(tmp_path / "conv.onnx", [node], *ends, weights), [{"x": source}])[0]["y"]
+    layer = LayerWeights(
+        kernel.reshape(5, -1).T,
+        bias,
+        height * width,
+        LayerGeometry((height, width), (stride,) * 2, (pad,) * 2, (dilation,) * 2),
+    )
+    x, y = sampled(source, target, layer, 10_000, (0, 0))
+    assert len(x) == 2 * np.prod(target.shape[2:])
+    np.testing.assert_allclose(x @ np.vstack([layer.matrix, bias]), y, atol=1e-4)

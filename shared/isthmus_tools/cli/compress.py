@@ -41,13 +41,13 @@ def compress(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="int8, weights-int8, weights-int4 (linear layers), prune, prune-int8, distil; once or more. All that"
-            " apply if none."
+            help="int8, weights-int8 and weights-int4 (of linear layers), prune, or prune-int8; once or more. Those"
+            " of the first four that apply if none."
         ),
     ] = None,
     keep: Annotated[
         list[float] | None,
-        typer.Option(help="Share of the head's multiply-accumulates that pruning leaves (0.8 and 0.6); once or more."),
+        typer.Option(help="Share of the head's multiply-accumulates that pruning leaves (0.9 and 0.75); once or more."),
     ] = None,
     target: Annotated[
         list[str] | None,
@@ -102,7 +102,7 @@ def compress(
             cut=cut,
             whole=whole,
             methods=method or (),
-            keep=keep or (0.8, 0.6),
+            **({"keep": keep} if keep else {}),
             targets=target or (),
             publish_dominated=dominated,
             limit=limit,

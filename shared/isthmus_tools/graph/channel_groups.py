@@ -10,7 +10,7 @@ Source: coupled channels as in DepGraph, Fang et al., arXiv 2301.12900.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -94,7 +94,7 @@ def channel_groups(model: ir.Model) -> tuple[list[ChannelGroup], dict[str, str]]
     groups, reasons, done = list[ChannelGroup](), dict[str, str](), set[str]()
     for node in model.graph:
         name = str(node.name)
-        if name in done or (channels := _produced(node)) is None:
+        if name in done or (channels := produced_channels(node)) is None:
             continue
         trace = _Trace(*channels)
         try:
@@ -134,7 +134,7 @@ def _groups(node: ir.Node) -> int:
     return 1 if attribute is None else attribute.as_int()
 
 
-def _produced(node: ir.Node) -> tuple[int, int] | None:
+def produced_channels(node: ir.Node) -> tuple[int, int] | None:
     """The number of channels that a node produces, and their axis from the end; None for other nodes."""
     weight = constant_of(node, 1)
     if weight is None or node.domain:
@@ -196,7 +196,7 @@ def _through(
         return node.outputs[:1]
     if op == "Conv" and index == 0:
         return _through_convolution(node, value, trace)
-    if op in ("MatMul", "Gemm") and index == 0 and trace.axis == -1 and _produced(node) is not None:
+    if op in ("MatMul", "Gemm") and index == 0 and trace.axis == -1 and produced_channels(node) is not None:
         trace.consumers[str(node.name)] = _consumer(node, value)
         return ()
     if op in _ARITHMETIC:
@@ -224,6 +224,9 @@ def _through_convolution(node: ir.Node, value: ir.Value, trace: _Trace) -> Seque
     weight = constant_of(node, 1)
     if weight is None or weight.ndim != 1 - trace.axis or (constant_of(node, 2) is None and len(node.inputs) > 2):
         raise _Stays(f"the weights of {node.name} are computed")
+    padding = node.attributes.get("auto_pad")
+    if padding is not None and padding.as_string() not in ("NOTSET", "VALID"):
+        raise _Stays(f"{node.name} pads by {padding.as_string()}")
     if is_depthwise(node) and weight.shape[0] == trace.channels:
         trace.carriers |= dict.fromkeys((str(node.name), i, 0) for i in range(1, len(node.inputs)))
         return node.outputs
@@ -264,7 +267,7 @@ def _gate(value: ir.Value, trace: _Trace) -> ir.Node | None:
     while node is not None and node.op_type in _CHANNELWISE and not node.domain:
         source = node.inputs[0]
         node = None if source is None else source.producer()
-    if node is None or _produced(node) != (trace.channels, trace.axis):
+    if node is None or produced_channels(node) != (trace.channels, trace.axis):
         return None
     return node
 
@@ -272,6 +275,20 @@ def _gate(value: ir.Value, trace: _Trace) -> ir.Node | None:
 def _consumer(node: ir.Node, value: ir.Value) -> ConsumerLayer:
     output = node.outputs[0]
     return ConsumerLayer(str(node.name), str(value.name), str(output.name), residual_of(output))
+
+
+def writes_boundary(output: ir.Value) -> ir.Node | None:
+    """The layer whose output reaches a value through activations and sums alone; the last one of several."""
+    pending = [output]
+    while pending:
+        node = pending.pop(0).producer()
+        if node is None or node.domain:
+            continue
+        if produced_channels(node) is not None:
+            return node
+        if node.op_type in _ACTIVATIONS or node.op_type == "Add":
+            pending += [v for v in node.inputs[: 2 if node.op_type == "Add" else 1] if v is not None]
+    return None
 
 
 def residual_of(output: ir.Value) -> tuple[str, str] | None:
@@ -297,8 +314,3 @@ def macs_left(
         for node in (*group.producers, *carriers, *(c.node for c in group.consumers)):
             factors[node] *= share
     return math.fsum(macs[node] * factor for node, factor in factors.items())
-
-
-def names_of_convolutions(model: ir.Model) -> Iterator[str]:
-    """The names of depthwise convolutions."""
-    return (str(node.name) for node in model.graph if is_depthwise(node))

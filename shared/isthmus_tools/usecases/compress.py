@@ -20,7 +20,7 @@ from isthmus_tools.calibration.inputs import MIN_INPUTS, open_source, split
 from isthmus_tools.graph.variant_graphs import standalone
 from isthmus_tools.learning.compression.choice import choose_variant, dominated_by, parse_target
 from isthmus_tools.learning.compression.measurement import GraphCandidate, PlainFigures, measure_variants
-from isthmus_tools.learning.compression.methods import METHODS, CompressionSpec, make_candidates
+from isthmus_tools.learning.compression.methods import KEEP, METHODS, CompressionSpec, make_candidates
 from isthmus_tools.learning.compression.subject import HeadSubject, head_boundary, store_samples, with_scales
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.publication import Publication, open_predecessor, publish_version
@@ -32,8 +32,9 @@ class CompressRequest:
 
     `model` is NAME or NAME:VERSION. `cut` ends the head, the bundle's first default cut if empty; with `whole` the
     whole model is compressed. `files`, `data`, `inputs`, `classes` and `tolerance` are as in `CalibrateRequest`: half
-    of the files calibrate, half are held out. `methods` are names of METHODS, all that apply if none; `keep` the
-    shares of the head's MACs that pruning leaves. int8 keeps layers in float below the share `limit` of predictions.
+    of the files calibrate, half are held out. `methods` are names of METHODS, those of DEFAULTS that apply if none;
+    `keep` the shares of the head's MACs that pruning leaves. int8 keeps its first layers in float below the share
+    `limit` of predictions.
     With `targets`, texts as of `parse_target`, the variant that meets all is published alone; else all that none
     dominates, and with `publish_dominated` those too. `reduce_range` is for an edge without VNNI instructions; None
     asks this machine. `alias` moves to the new version, as in `publish_version`.
@@ -46,7 +47,7 @@ class CompressRequest:
     cut: str = ""
     whole: bool = False
     methods: Sequence[str] = ()
-    keep: Sequence[float] = (0.8, 0.6)
+    keep: Sequence[float] = KEEP
     targets: Sequence[str] = ()
     publish_dominated: bool = False
     limit: float = 0.99

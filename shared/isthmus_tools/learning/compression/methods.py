@@ -2,33 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
 
 from isthmus.errors import ModelError
 from isthmus_tools.graph.quantise import linear_in_blocks
 from isthmus_tools.learning.compression.int8 import int8
 from isthmus_tools.learning.compression.measurement import GraphCandidate
+from isthmus_tools.learning.compression.pruning import ChannelPruner, PrunedHead
 from isthmus_tools.learning.compression.subject import HeadSubject
 from isthmus_tools.progress import Progress, silent
+
+KEEP = (0.9, 0.75)
+"""Shares of the head's MACs that pruning leaves by default."""
+DEFAULTS = ("int8", "weights-int8", "weights-int4", "prune")
+"""The methods that are tried where none is named: minutes in all, and nothing beyond numpy and onnxruntime."""
 
 
 @dataclass(frozen=True)
 class CompressionSpec:
-    """What to make: `methods` of METHODS, all if none; the shares of MACs that pruning keeps; int8's limit.
+    """What to make: `methods` of METHODS, DEFAULTS if none; the shares of MACs that pruning keeps; int8's limit.
 
     `limit` is the share of predictions below which int8 leaves layers in float; `reduce_range` as of `Quantiser`.
     """
 
     methods: Sequence[str] = ()
-    keep: Sequence[float] = (0.8, 0.6)
+    keep: Sequence[float] = KEEP
     limit: float = 0.99
     reduce_range: bool | None = None
 
 
-Maker: TypeAlias = Callable[[HeadSubject, CompressionSpec, Path, Progress], list[GraphCandidate]]
+@dataclass
+class Workshop:
+    """What methods share: the subject, and what one of them made for another. Files go to folders of their own."""
+
+    subject: HeadSubject
+    spec: CompressionSpec
+    folder: Path
+    progress: Progress
+    pruned: dict[float, PrunedHead] = field(default_factory=dict)
+
+    @cached_property
+    def pruner(self) -> ChannelPruner:
+        """The cost of channels is measured once for all shares and methods."""
+        return ChannelPruner(self.subject, self.progress)
+
+    def pruned_heads(self) -> Iterator[tuple[str, PrunedHead]]:
+        """The head at each share of the work, and the name of that variant."""
+        for share in self.spec.keep:
+            name = f"prune-{share:.0%}".removesuffix("%")
+            if share not in self.pruned:
+                self.pruned[share] = self.pruner.prune(share, self.place(name) / "pruned.onnx")
+            yield name, self.pruned[share]
+
+    def place(self, name: str) -> Path:
+        """An empty folder for the files of a variant."""
+        path = self.folder / name
+        path.mkdir()
+        return path
 
 
 def make_candidates(
@@ -40,11 +73,10 @@ def make_candidates(
         ModelError: a method that `spec` names does not apply, or none does.
     """
     candidates, refused = list[GraphCandidate](), dict[str, str]()
-    for method in spec.methods or METHODS:
-        place = folder / method
-        place.mkdir(exist_ok=True)
+    workshop = Workshop(subject, spec, folder, progress)
+    for method in dict.fromkeys(spec.methods or DEFAULTS):
         try:
-            candidates += METHODS[method](subject, spec, place, progress)
+            candidates += METHODS[method](workshop)
         except ModelError as e:
             # Whoever names a method wants to know; otherwise the others are of use without it.
             if spec.methods:
@@ -55,22 +87,45 @@ def make_candidates(
     return candidates, refused
 
 
-def _int8(subject: HeadSubject, spec: CompressionSpec, folder: Path, progress: Progress) -> list[GraphCandidate]:
-    path, method = int8(subject, subject.graph, folder, spec.limit, progress, spec.reduce_range)
-    return [GraphCandidate("int8", method, path, subject.segment.macs)]
+def _int8(workshop: Workshop) -> list[GraphCandidate]:
+    return [_quantised(workshop, "int8", workshop.subject.graph, workshop.subject.segment.macs)]
 
 
-def _weights(bits: int) -> Maker:
-    def make(subject: HeadSubject, spec: CompressionSpec, folder: Path, progress: Progress) -> list[GraphCandidate]:
-        path, layers = linear_in_blocks(subject.graph, bits, folder / "weights.onnx")
+def _quantised(workshop: Workshop, name: str, graph: Path, macs: int, before: str = "") -> GraphCandidate:
+    spec = workshop.spec
+    path, method = int8(workshop.subject, graph, workshop.place(name), spec.limit, workshop.progress, spec.reduce_range)
+    return GraphCandidate(name, before + method, path, macs)
+
+
+def _weights(bits: int) -> Callable[[Workshop], list[GraphCandidate]]:
+    def make(workshop: Workshop) -> list[GraphCandidate]:
+        name, subject = f"weights-int{bits}", workshop.subject
+        path, layers = linear_in_blocks(subject.graph, bits, workshop.place(name) / "weights.onnx")
         method = f"weights of {layers} linear layers in int{bits}, activations in float"
-        return [GraphCandidate(f"weights-int{bits}", method, path, subject.segment.macs)]
+        return [GraphCandidate(name, method, path, subject.segment.macs)]
 
     return make
 
 
-METHODS: Mapping[str, Maker] = {
+def _prune(workshop: Workshop) -> list[GraphCandidate]:
+    return [GraphCandidate(name, _pruning(head), head.path, head.macs) for name, head in workshop.pruned_heads()]
+
+
+def _prune_int8(workshop: Workshop) -> list[GraphCandidate]:
+    return [
+        _quantised(workshop, f"{name}-int8", head.path, head.macs, f"{_pruning(head)}; ")
+        for name, head in workshop.pruned_heads()
+    ]
+
+
+def _pruning(head: PrunedHead) -> str:
+    return f"{head.kept} of {head.channels} channels left, the layers behind refit"
+
+
+METHODS: Mapping[str, Callable[[Workshop], list[GraphCandidate]]] = {
     "int8": _int8,
     "weights-int8": _weights(8),
     "weights-int4": _weights(4),
+    "prune": _prune,
+    "prune-int8": _prune_int8,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import pytest
 from isthmus.artifacts.plan import from_json
 from isthmus.serving import create_router_app
 from isthmus_tools.profiling import profiles
-from support.bundles import Published, ready, router_settings, segment_settings
+from support.bundles import Published, metrics, ready, router_settings, segment_settings, until
 from support.cli import document, isthmus
 from support.digits import TRAINED, digits, publish_digits, write_digits
 from support.plans import MEMORY, profile_of
@@ -87,3 +88,26 @@ def test_explain_tells_the_share_that_exits(place: Place) -> None:
     shown = isthmus("explain", "digits", "--registry", place.published.folder).output
     assert "exit at the edge" in shown
     assert "exit, %" in shown
+
+
+def test_digits_that_lie_elsewhere_in_their_picture_break_the_limit_and_close_the_exit(place: Place) -> None:
+    """Moved by two of eight columns, which no held-out digit was: a third of them exit with another class."""
+    settings = router_settings(place.published, place.folder / "router", place.hops, adapt=False, guard_share=1.0)
+    client = ready(create_router_app(settings).test_client())
+    moved = itertools.cycle(np.roll(digits()[0][-200:], 2, axis=-1))
+
+    def ask() -> Any:
+        tensor = {"name": "x", "shape": [1, 1, 8, 8], "datatype": "FP32", "data": next(moved).ravel().tolist()}
+        response = client.post("/v2/models/digits/infer", json={"inputs": [tensor]})
+        assert response.status_code == 200, response.get_data(as_text=True)
+        return response.json["parameters"]
+
+    assert until(lambda: "exit_closed" in ask())
+    for _ in range(20):
+        facts = ask()
+        assert "exit_confidence" not in facts
+        assert facts["link_bytes"] > 0
+    found = metrics(client)
+    assert found["isthmus_exits_closed", ()] == 1
+    assert found["isthmus_exit_disagreements_total", ()] >= 2
+    client.application.extensions["isthmus"].close()

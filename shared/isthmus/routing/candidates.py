@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,10 @@ class RouteCandidate:
     def hops(self) -> tuple[str, ...]:
         """Names of the hops on the way."""
         return tuple(dict.fromkeys(hop.name for hop in self.route.hops))
+
+    def full(self) -> RouteCandidate:
+        """The candidate without its exit, for a request that asks for the full model."""
+        return self if self.route.exit is None else replace(self, route=self.route.full(), answers_unsure=False)
 
     @property
     def planned_behind(self) -> float:

@@ -54,12 +54,19 @@ class Dispatcher:
         self._prober = ReadinessProber([replica for hop in hops for replica in hop.watched], log)
 
     def run(
-        self, model: ServedModel, context: Context, pin: str, attempt: Attempt, *, exact_only: bool = False
+        self,
+        model: ServedModel,
+        context: Context,
+        pin: str,
+        attempt: Attempt,
+        *,
+        exact_only: bool = False,
+        may_exit: bool = True,
     ) -> Result:
         """The result of `attempt` along the chosen candidate, or along a fallback where its hop is at fault.
 
         `pin` names the only candidate that may be taken; empty leaves the choice to the router. With `exact_only` no
-        degraded candidate is taken where there are others.
+        degraded candidate is taken where there are others. Without `may_exit` candidates come without their exits.
 
         Raises:
             RequestMalformed: no candidate has the name `pin`.
@@ -67,6 +74,8 @@ class Dispatcher:
             As `attempt` for the last candidate tried.
         """
         candidates = _pinned(model, pin)
+        if not may_exit:
+            candidates = tuple(candidate.full() for candidate in candidates)
         # Later photos of a batch may come after it; an attempt begins with decoding a photo.
         context.deadline.check("a route was taken")
         if not model.route.name:  # a route beside the served ones, which their state must not know

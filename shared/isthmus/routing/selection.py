@@ -106,7 +106,7 @@ class RouteSelector:
         if candidate.route.exit is None:
             return candidate
         if not self._settings.exits:
-            return replace(candidate, route=candidate.route.full())
+            return candidate.full()
         return replace(candidate, answers_unsure=self._settings.exit_when_cut_off)
 
 

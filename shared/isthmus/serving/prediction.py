@@ -243,17 +243,24 @@ class Predictor:
             Deferred: no exact route gave a result. A caller that takes a continuation gets no degraded answer, for it
                 can have the model's own later.
         """
-        if wants_full_model(request, inference.tensors):
-            attempt = without_exit(attempt)
         pin, resumable = request.headers.get(ROUTE_HEADER, ""), Resumable(attempt)
         exact_only = takes_continuation(request) and not inference.batch
         try:
-            result = self._dispatcher.run(inference.model, request.context, pin, resumable, exact_only=exact_only)
+            result = self._dispatcher.run(
+                inference.model,
+                request.context,
+                pin,
+                resumable,
+                exact_only=exact_only,
+                may_exit=may_exit(request, inference.tensors),
+            )
         except HopError as e:
             result = resumable.instead(e)
             self._record(request, result)
         model = inference.model
         request.facts.update(model=model.name, version=model.version, route=result.route, degraded=result.degraded)
+        if result.exit is not None:
+            request.facts.update(result.exit.facts())
         # The photos of a batch may take several routes.
         for header, text in ((ROUTE_HEADER, result.route), (DEGRADED_HEADER, result.degraded)):
             earlier = request.reply_headers.get(header, "").split("; ")
@@ -342,8 +349,8 @@ class Predictor:
         self._metrics.hop_errors.labels(self._hop_label(error.facts.get("hop", "")), type(error).__name__).inc()
 
 
-def wants_full_model(request: FunctionRequest, tensors: InferRequest | None) -> bool:
-    """Whether the caller asks for the model's own prediction, by the header Isthmus-Exit or the parameter isthmus.exit.
+def may_exit(request: FunctionRequest, tensors: InferRequest | None) -> bool:
+    """Whether an exit's prediction will do, by the header Isthmus-Exit and the parameter isthmus.exit.
 
     Raises:
         RequestMalformed: the header is neither `on` nor `off`.
@@ -351,12 +358,7 @@ def wants_full_model(request: FunctionRequest, tensors: InferRequest | None) -> 
     text = request.headers.get(EXIT_HEADER, "").strip().lower()
     if text not in ("", "on", "off"):
         raise RequestMalformed(f"{EXIT_HEADER} is {text[:40]!r}; it is on or off", header=EXIT_HEADER)
-    return text == "off" or (tensors is not None and not tensors.may_exit)
-
-
-def without_exit(attempt: Attempt) -> Attempt:
-    """The attempt along candidates without their exits."""
-    return lambda candidate, context: attempt(replace(candidate, route=candidate.route.full()), context)
+    return text != "off" and (tensors is None or tensors.may_exit)
 
 
 def stage_name(index: int, segments: int) -> str:

@@ -146,13 +146,20 @@ class MeasuredDispatcher(Dispatcher):
     tracing: Tracing | None = None
 
     def run(
-        self, model: ServedModel, context: Context, pin: str, attempt: Attempt, *, exact_only: bool = False
+        self,
+        model: ServedModel,
+        context: Context,
+        pin: str,
+        attempt: Attempt,
+        *,
+        exact_only: bool = False,
+        may_exit: bool = True,
     ) -> Result:
         """See `Dispatcher.run`."""
         if self.tracing is not None:
             attempt = self.tracing.attempt(model, context, attempt)
         began = time.perf_counter()
-        result = super().run(model, context, pin, attempt, exact_only=exact_only)
+        result = super().run(model, context, pin, attempt, exact_only=exact_only, may_exit=may_exit)
         if self.metrics is not None and result.route:  # the page's comparisons have none
             self.metrics.answered(model.name, model.version, result.route, time.perf_counter() - began)
         return result

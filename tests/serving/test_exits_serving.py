@@ -39,6 +39,8 @@ from support.ports import free_port
 from support.routers import expected_classes, oip_json
 
 SEEDS = range(24)
+# The scores of the model for photos are some 20 apart.
+TEMPERATURE = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Published:
 def confidences(plain: Published, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """Of the exit for each of SEEDS."""
     folder = tmp_path_factory.mktemp("confidences")
-    known = with_exit(plain, folder, threshold=ALWAYS)
+    known = with_exit(plain, folder, threshold=ALWAYS, temperature=TEMPERATURE)
     store = open_store(cache_of(known, folder), segment_settings(known, folder))
     route = plan_route(known.digest, known.bundle, (LocalHop(store),)).with_exit()
     found = []
@@ -60,6 +62,7 @@ def confidences(plain: Published, tmp_path_factory: pytest.TempPathFactory) -> l
         assert outcome is not None
         found.append(outcome.confidence)
     store.store.close()
+    assert len(set(found)) == len(found)
     return found
 
 
@@ -71,7 +74,7 @@ def half(confidences: list[float]) -> float:
 
 @pytest.fixture(scope="module")
 def exiting(plain: Published, half: float, tmp_path_factory: pytest.TempPathFactory) -> Published:
-    return with_exit(plain, tmp_path_factory.mktemp("exit"), threshold=half)
+    return with_exit(plain, tmp_path_factory.mktemp("exit"), threshold=half, temperature=TEMPERATURE)
 
 
 @pytest.fixture(scope="module")

@@ -50,12 +50,20 @@ def gate_of(threshold: float, **changes: Any) -> Gate:
 
 
 def with_exit(
-    published: Published, folder: Path, cut: str = "6", threshold: float = 0.5, *, wrong: bool = False, **gate: Any
+    published: Published,
+    folder: Path,
+    cut: str = "6",
+    threshold: float = 0.5,
+    *,
+    wrong: bool = False,
+    temperature: float = 1.0,
+    **gate: Any,
 ) -> Published:
     """The next version, with an exit at `cut` whose branch is the model's last layer.
 
     So its predictions are the model's own wherever that layer follows the cut; `wrong` moves each class to the next.
-    The confidence is the probability of the likeliest class.
+    The confidence is the probability of the likeliest class, by scores over `temperature`: a softmax that saturates
+    gives many inputs the same confidence.
     """
     boundary = published.bundle.cuts[cut].tensors[0]
     last = next(n for n in reversed(onnx.load(published.onnx).graph.node) if n.op_type in ("Gemm", "MatMul"))
@@ -68,10 +76,12 @@ def with_exit(
     nodes = [
         helper.make_node("Flatten", [boundary.name], ["features"]),
         helper.make_node("Gemm", ["features", "matrix", "bias"], [EXIT_SCORES]),
-        helper.make_node("Softmax", [EXIT_SCORES], ["shares"], axis=-1),
+        helper.make_node("Div", [EXIT_SCORES, "temperature"], ["scaled"]),
+        helper.make_node("Softmax", ["scaled"], ["shares"], axis=-1),
         helper.make_node("ReduceMax", ["shares"], [EXIT_CONFIDENCE], axes=[-1], keepdims=0),
     ]
-    weights = [numpy_helper.from_array(matrix, "matrix"), numpy_helper.from_array(bias, "bias")]
+    constants = {"matrix": matrix, "bias": bias, "temperature": np.array(temperature, np.float32)}
+    weights = [numpy_helper.from_array(array, name) for name, array in constants.items()]
     ends = [value(EXIT_SCORES, *output.shape), value(EXIT_CONFIDENCE, output.shape[0])]
     path = save(folder / f"exit-{cut}.onnx", nodes, [value(boundary.name, *boundary.shape)], ends, weights)
     data = path.read_bytes()

@@ -260,7 +260,7 @@ class Predictor:
         model = inference.model
         request.facts.update(model=model.name, version=model.version, route=result.route, degraded=result.degraded)
         if result.exit is not None:
-            request.facts.update(result.exit.facts())
+            request.facts.update({name: str(fact) for name, fact in result.exit.facts().items()})
         # The photos of a batch may take several routes.
         for header, text in ((ROUTE_HEADER, result.route), (DEGRADED_HEADER, result.degraded)):
             earlier = request.reply_headers.get(header, "").split("; ")

@@ -139,7 +139,8 @@ def constraints_text(plan: Plan) -> str:
     if bounds.max_error is not None:
         texts.append(f"errors of at most {bounds.max_error:g}")
     elif bounds.max_disagreement is None:
-        calibrated = any(c.error.calibrated for c in plan.candidates)
+        # Exits and variants are held to limits of their own, in bundles without calibration too.
+        calibrated = any(c.error.calibrated for c in plan.candidates if c.exit is None and not c.head)
         texts.append(
             "codecs that calibration approved" if calibrated else f"errors of at most {MAX_ERROR:g} of an output"
         )

@@ -94,8 +94,9 @@ class Trials:
         if (branch := exit_branch(bundle, cut)) is None:
             return None
         with self.candidates.or_note(f"the exit at {cut}"):
+            runs = self.evaluator.branch(branch.segment)
             further = self.evaluator.branch_on(branch.segment, self.jpeg_photos) if self.own_photos else []
-            return try_exit(bundle, branch.gate, self.evaluator.branch(branch.segment), further)
+            return try_exit(bundle, branch.gate, runs, further)
         return None
 
     def _photo(self) -> None:

@@ -59,7 +59,7 @@ def with_variants(published: Published, folder: Path, name: str = "small", **fac
 def _rounded(published: Published, segment: Segment) -> onnx.ModelProto:
     """The segment's graph with its weights inside, in steps of 0.005."""
     # Beside the weights file, as the graphs of a build lie.
-    graphs = published.folder.parent.rglob("*.onnx")
+    graphs = published.onnx.parent.rglob("*.onnx")
     built = next(path for path in graphs if digest_of(path.read_bytes()) == segment.graph.digest)
     model = onnx.load(built)
     for tensor in model.graph.initializer:

@@ -25,6 +25,7 @@ from isthmus_tools.planner.publishing import publish_plan
 from support.bundles import (
     TOLERANCE,
     Published,
+    copied,
     photo,
     photo_array,
     photos_model,
@@ -33,6 +34,7 @@ from support.bundles import (
     ready,
     served,
 )
+from support.edge_extras import with_variants
 from support.exits import ALWAYS, planned_exit, with_exit
 from support.local_stack import ROOT
 from support.plans import candidate, plan_for
@@ -159,6 +161,16 @@ def test_an_exit_is_baked_with_the_head_before_it(
     found = answered(house, packaged(known, model, *arguments))
     assert found.functions == ["photos-head"]
     assert found.document["route"]["exit"] == "6"
+
+
+@pytest.mark.parametrize(("cuts", "segments"), [(("6",), ["..6~small", "6.."]), ((), ["..~small"])])
+def test_a_compressed_segment_is_baked_instead_of_the_bundles_own(
+    house: Path, published: Published, tmp_path: Path, cuts: tuple[str, ...], segments: list[str]
+) -> None:
+    known = with_variants(copied(published, tmp_path / "registry"), tmp_path)
+    kind = "split" if cuts else "edge"
+    found = answered(house, packaged(known, planned(known, candidate("small", kind, cuts=cuts, head="small"))))
+    assert [segment["segment"] for segment in found.document["route"]["segments"]] == segments
 
 
 def test_the_plans_int8_variant_is_baked_instead_of_the_model(house: Path, published: Published) -> None:

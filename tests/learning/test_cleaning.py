@@ -9,7 +9,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import LearningError
+from isthmus_tools.calibration.inputs import ArraySource
 from isthmus_tools.learning.training.cleaning import prepare
 from isthmus_tools.learning.training.config import CleanTable, SplitTable, TrainConfig, parse_config
 from isthmus_tools.learning.training.samples import PARTS, PreparedData, RawSample, read_prepared
@@ -192,6 +194,14 @@ def test_data_that_nothing_can_be_learned_from_is_refused(
         prepare(settings, samples)
 
 
+def test_a_rare_class_is_warned_of() -> None:
+    samples = [RawSample(s.values, "ab"[i % 20 == 0], s.group, s.origin) for i, s in enumerate(series(200))]
+    warning = prepare(config(), samples).imbalance()
+    assert warning.startswith("a has ")
+    assert "macro F1" in warning
+    assert prepare(config(), series()).imbalance() == ""
+
+
 def test_prepared_data_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     data = prepare(msgspec.structs.replace(config(), split=SplitTable(validation=0.0)), series())
@@ -199,6 +209,12 @@ def test_prepared_data_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     data.write(folder)
     again = read_prepared(folder)
     assert again.digest() == data.digest()
+    # Calibration reads them too, and takes the labels for no input.
+    spec = TensorSpec("readings", "float32", ("batch", 2, 20))
+    source = ArraySource((spec,), "data", [folder / "train.npz"])
+    first = next(iter(source.examples(source.files, 3)))
+    np.testing.assert_array_equal(first.arrays["readings"], data.train.inputs[:1])
+    assert set(first.arrays) == {"readings"}
     assert (again.classes, again.report, again.input_name) == (data.classes, data.report, "readings")
     (folder / "train.npz").write_bytes(b"x")
     with pytest.raises(LearningError, match="holds no prepared data"):

@@ -68,6 +68,18 @@ def test_a_network_learns_digits_and_keeps_its_best_epoch(data: PreparedData) ->
     assert result.history[-1].loss < result.history[0].loss / 2
 
 
+def test_a_run_that_was_killed_after_its_last_epoch_trains_no_further(data: PreparedData, tmp_path: Path) -> None:
+    # At such a rate the validation loss rises from the first epochs on.
+    options = msgspec.structs.replace(FAST, epochs=9, patience=1, rate=0.5, schedule="constant", warmup=0.0)
+    first = Trainer(network(data), data, options, 0, checkpoints=Checkpoints(tmp_path, 2, "x"))
+    ended = first.run()
+    assert ended.stopped_early
+    again = Trainer(network(data), data, options, 0, checkpoints=Checkpoints(tmp_path, 2, "x"))
+    result = again.run(resume=True)
+    assert (result.steps, result.best_epoch, result.stopped_early) == (ended.steps, ended.best_epoch, True)
+    assert_equal(first, again)
+
+
 @pytest.mark.parametrize("every", [0, 3], ids=["each epoch", "each third step"])
 def test_a_resumed_run_gives_the_weights_of_an_uninterrupted_one(
     every: int, data: PreparedData, tmp_path: Path

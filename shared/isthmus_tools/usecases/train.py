@@ -145,6 +145,8 @@ class _TrainingRun:
         self._write("parts", {**earlier, **parts})
         prepared.write(self._data_folder)
         self.result.prepared = prepared
+        if config.training.class_weights == "none" and (imbalance := prepared.imbalance()):
+            self.result.warnings.append(imbalance)
 
     def train(self) -> None:
         """Train, export the graph, and write the history."""

@@ -65,8 +65,10 @@ class VersionInService:
         # One thread: the same sums in the same order as in the evaluation of the new version.
         model = LocalModel(f"{self._model.name}:{self.version}", registry, threads=1)
         output = str((bundle.postprocess or {}).get("output") or bundle.outputs[0].name)
-        name, inputs = bundle.inputs[0].name, data.test.inputs
-        scores = [model.run({name: inputs[at : at + _ROWS]}).outputs[output] for at in range(0, len(inputs), _ROWS)]
+        spec, inputs = bundle.inputs[0], data.test.inputs
+        # A model whose batch is fixed runs row by row.
+        rows = 1 if spec.shape[:1] == (1,) else _ROWS
+        scores = [model.run({spec.name: inputs[at : at + rows]}).outputs[output] for at in range(0, len(inputs), rows)]
         # The order of classes may have changed.
         order = [data.classes.index(label) for label in self.labels or data.classes]
         table = np.concatenate(scores)

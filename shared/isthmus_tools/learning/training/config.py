@@ -217,20 +217,21 @@ def read_config(path: Path, environment: dict[str, str]) -> TrainConfig:
     """
     try:
         with path.open("rb") as f:
-            data = f.read(_MAX_BYTES + 1)
-        text = data.decode()
+            content = f.read(_MAX_BYTES + 1)
+        text = content.decode()
     except (OSError, UnicodeDecodeError) as e:
         raise LearningError(f"{path} cannot be read: {e}", file=str(path)) from e
-    if len(data) > _MAX_BYTES:
+    if len(content) > _MAX_BYTES:
         raise LearningError(f"{path} has more than {_MAX_BYTES} bytes: it is no configuration", file=str(path))
     config = parse_config(text, environment, str(path))
-    # The file means the same wherever the command runs.
+    # Sources and networks lie beside the file, wherever the command runs.
     folder = path.absolute().parent
     sources = tuple(_anchored(source, folder) for source in config.data.sources)
     network = config.network
     if ".py:" in network.name:
         network = msgspec.structs.replace(network, name=str(folder / network.name))
-    return msgspec.structs.replace(config, network=network, data=msgspec.structs.replace(config.data, sources=sources))
+    data = msgspec.structs.replace(config.data, sources=sources)
+    return msgspec.structs.replace(config, folder=str(config.run_folder), network=network, data=data)
 
 
 def parse_config(text: str, environment: dict[str, str], name: str = "train.toml") -> TrainConfig:

@@ -18,6 +18,8 @@ from isthmus_tools import array_files
 
 PARTS = ("train", "validation", "test")
 DOCUMENT = "prepared.json"
+# From here on an accuracy may hide that the rare class is never predicted.
+_IMBALANCE = 8
 _STATISTICS = ("mean", "scale", "fill")
 
 
@@ -92,6 +94,17 @@ class PreparedData:
     def input_shape(self) -> tuple[int, ...]:
         """The shape of an input, without the batch."""
         return tuple(self.train.inputs.shape[1:])
+
+    def imbalance(self) -> str:
+        """A warning where a class has many times the training samples of another class; else empty."""
+        counts = np.bincount(self.train.labels, minlength=len(self.classes))
+        few, many = int(counts.argmin()), int(counts.argmax())
+        if counts[many] < _IMBALANCE * counts[few]:
+            return ""
+        return (
+            f"{self.classes[many]} has {counts[many]} training samples, and {self.classes[few]} has {counts[few]}: look"
+            ' at recall and macro F1, and try training.class_weights = "balanced", publish.metric = "macro_f1"'
+        )
 
     def digest(self) -> str:
         """A digest of all parts: a checkpoint of other data is not resumed."""

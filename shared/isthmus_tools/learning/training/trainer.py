@@ -180,7 +180,8 @@ class Trainer:
             LearningError: the loss is not finite, or a checkpoint does not fit or cannot be written.
         """
         resumed_at = self._resume() if resume else 0
-        stopped_early = False
+        # A run that was killed after its last epoch has nothing left to train.
+        stopped_early = self._has_stalled()
         while self._at.epoch < self._options.epochs and not stopped_early:
             for rows in self._remaining_batches():
                 self._note(self.step(rows))

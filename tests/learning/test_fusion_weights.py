@@ -78,7 +78,7 @@ def test_a_member_of_noise_gives_no_gain() -> None:
 def test_gains_by_chance_are_refused_in_nineteen_of_twenty_draws() -> None:
     # The second member repeats the first up to noise that knows nothing: whatever turns, turns by chance.
     beyond = 0
-    for seed in range(20):
+    for seed in range(12):
         data = members(200, noise=(1.5,), seed=seed)
         shaken = data.scores[0] + 0.4 * np.random.default_rng([seed, 1]).standard_normal((200, CLASSES))
         both = replace(data, names=("a", "b"), scores=(data.scores[0], shaken), probabilities=(False, False))

@@ -207,5 +207,7 @@ def test_the_command_prints_one_document_or_the_gain_and_the_weights(gated: Gate
     text = CliRunner().invoke(app, command).stdout
     assert "fuses the exit at hidden with the model" in text
     assert "at 95%" in text
+    shown = CliRunner().invoke(app, ["show", "whole", "--registry", str(gated.folder / "registry")]).stdout
+    assert "fuses exit and model where a request does not exit at hidden" in shown
     refused = CliRunner().invoke(app, [*command, "--shared", "--json"])
     assert json.loads(refused.stderr)["facts"]["options"] == ["--shared"]

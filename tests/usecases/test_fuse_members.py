@@ -24,6 +24,7 @@ from isthmus_tools.graph.merge import FUSED
 from isthmus_tools.usecases.fuse_members import FuseMembersRequest, FuseMembersResult, fuse_members
 from isthmus_tools.usecases.fusion_members import open_members
 from isthmus_tools.usecases.local_model import LocalModel
+from support.cli import isthmus
 from support.half_digits import (
     CLASSES,
     TRAINING,
@@ -125,12 +126,13 @@ def test_only_scores_cross_in_front_of_the_sum_and_one_sensors_scores_beside_the
     assert bundle.default_cuts == ("scores",)
 
 
-def test_the_bundle_names_its_members_their_weights_and_the_gain(fused: FuseMembersResult) -> None:
+def test_the_bundle_names_its_members_their_weights_and_the_gain(template: Sensors, fused: FuseMembersResult) -> None:
     document = fused.bundle.source["fusion"]
     assert [member["name"] for member in document["members"]] == ["top", "bottom"]
     assert all(len(member["weights"]) in (1, CLASSES) for member in document["members"])
     assert document["gain"]["inputs"] == 1300 - TRAINING
-    assert fused.publication.version.name == "both"
+    shown = isthmus("show", "both", "--registry", template.settings.registry).stdout
+    assert f"the sum of top, bottom: {fused.fitted.gain.alone:.2%} right alone" in shown
 
 
 def test_members_that_take_the_same_input_share_it(sensors: Sensors) -> None:

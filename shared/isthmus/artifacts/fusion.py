@@ -40,6 +40,12 @@ class FusionGain(Struct, frozen=True, forbid_unknown_fields=True):
         """The difference of the two shares."""
         return (self.better - self.worse) / self.inputs if self.inputs else 0.0
 
+    def sentence(self) -> str:
+        """Both shares and the gain in points, with its interval."""
+        gain, low, high = (f"{100 * each:+.2f}" for each in (self.gain, self.low, self.high))
+        shares = f"{self.alone:.2%} right alone, {self.fused:.2%} fused"
+        return f"{shares}, {gain} points ({low} to {high} at 95%), of {self.inputs:,} inputs"
+
     @property
     def is_beyond_chance(self) -> bool:
         """Whether even the lower end of the interval is a gain."""
@@ -67,6 +73,10 @@ class Fusion(Struct, frozen=True, forbid_unknown_fields=True):
     codec: Text
     penalty: Annotated[float, Meta(ge=0)]
     gain: FusionGain
+
+    def sentence(self) -> str:
+        """The fusion and its gain, for people."""
+        return f"fuses exit and model where a request does not exit at {self.cut}: {self.gain.sentence()}"
 
     def check(self, classes: int | str) -> None:
         """Rules between fields; `classes` is the output's number of classes, a text where that is free.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
+from isthmus.artifacts.fusion import FusionGain
 from isthmus.artifacts.json_documents import builtins
 from isthmus.units import format_size
 from isthmus_tools.cli.completion import complete_models
@@ -16,6 +18,7 @@ from isthmus_tools.cli.models import cuts_text
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
 if TYPE_CHECKING:
+    from isthmus.artifacts.bundle import Bundle
     from isthmus_tools.usecases.versions import VersionSummary
 
 
@@ -71,6 +74,7 @@ def _document(version: VersionSummary) -> dict[str, Any]:
         "variants": [builtins(each) for each in bundle.variants],
         "calibrated": list(version.calibrated),
         "plan": version.plan,
+        "fusion": _fusion(bundle),
         "redaction": "" if bundle.redaction is None else bundle.redaction.sentence(),
         "ran": version.ran,
     }
@@ -95,6 +99,8 @@ def _show(version: VersionSummary) -> None:
             say(text)
     if bundle.embedding is not None:
         say(embedding_text(bundle.embedding))
+    if fusion := _fusion(bundle):
+        say(fusion)
     if bundle.redaction is not None:
         say(bundle.redaction.sentence())
     # By position or layer: the order of names would put layer_10 before layer_5.
@@ -106,3 +112,17 @@ def _show(version: VersionSummary) -> None:
             f" segment's time, {each.agreement:.1%} of {each.inputs} predictions the same"
         )
     say(f"calibrated: {cuts_text(version.calibrated)}; plan: {version.plan or 'none'}")
+
+
+def _fusion(bundle: Bundle) -> str:
+    """The fusion of an exit and the tail, or the members of a model that `isthmus fuse --members` made; else empty."""
+    if bundle.fusion is not None:
+        return bundle.fusion.sentence()
+    source: Any = bundle.source.get("fusion")
+    # A source is free text in a manifest: what is no fusion of this package says nothing.
+    try:
+        gain = msgspec.convert(source["gain"], FusionGain)
+        members = [str(member["name"]) for member in source["members"]]
+    except (TypeError, KeyError, msgspec.ValidationError):
+        return ""
+    return f"the sum of {', '.join(members)}: {gain.sentence()}"

@@ -31,5 +31,17 @@ def test_a_queue_of_some_calls_changes_nothing() -> None:
     assert learned(TierCapacity(), 60, used=0.8, wait_s=0.1) == 1
 
 
+def test_waits_of_calls_are_compared_with_calls_and_not_with_requests_that_end_at_the_edge() -> None:
+    """One request in ten reaches the cloud, for 100 ms of it, and waits 50 ms: no queue, and no reason for less."""
+    capacities = Capacities()
+    for n in range(100):
+        capacities.update(n / 10, (0.0, 0.0, 0.0, 1.5), 150.0, 15.0, 0.0, 0.0)
+    most = capacities.left((0.0, 0.0, 0.0, 0.0)).cloud
+    assert most > 1.5
+    for n in range(100, 200):
+        capacities.update(n / 10, (0.0, 0.0, 0.0, 1.5), 150.0, 15.0, 0.0, 0.05)
+    assert capacities.left((0.0, 0.0, 0.0, 0.0)).cloud == most
+
+
 def test_other_models_leave_the_rest() -> None:
     assert Capacities().left((0.25, 0.0, 2.0, 0.0)) == (0.75, 1.0, 0.05, 1.0)

@@ -41,10 +41,15 @@ class Capacities:
     def __init__(self) -> None:
         self._edge, self._cloud = TierCapacity(), TierCapacity()
 
-    def update(self, now: float, used: Sequence[float], rate: float, edge_wait_s: float, cloud_wait_s: float) -> None:
-        """Learn from the use of each resource by all requests in a second; units as of `TierCapacity.update`."""
+    def update(
+        self, now: float, used: Sequence[float], rate: float, calls: float, edge_wait_s: float, cloud_wait_s: float
+    ) -> None:
+        """Learn from the use of each resource by all requests in a second; units as of `TierCapacity.update`.
+
+        `calls` a second reach the cloud: waits are theirs, and not those of requests that end at the edge.
+        """
         self._edge.update(now, used[0], rate, edge_wait_s)
-        self._cloud.update(now, used[3], rate, cloud_wait_s)
+        self._cloud.update(now, used[3], calls, cloud_wait_s)
 
     def left(self, taken: Sequence[float]) -> Resources:
         """Capacity of each resource behind `taken`, the use by other models."""

@@ -90,6 +90,12 @@ class RouteChooser:
         pairs = list(zip(self.usage.rates(), self._expected, strict=False))
         return Busy(*(sum(rate * e.busy[i] for rate, e in pairs) for i in range(len(IDLE))))
 
+    @property
+    def calls(self) -> float:
+        """Calls over the link in a second of the present requests."""
+        pairs = zip(self.usage.rates(), self._expected, strict=False)
+        return sum(rate * e.demand.calls for rate, e in pairs)
+
     def refresh(self, expected: Sequence[Expectation], capacities: Resources = ONE_EACH) -> None:
         """Take in new forecasts, one for each candidate; they change slowly, so no request does this.
 

@@ -200,13 +200,12 @@ class Guard:
     ) -> None:
         """Draw whether this request is checked later; `route` is the route before `apply_fallback`."""
         encoded_names = {name for run in result.runs for name in run.codecs}
-        jobs: list[Job] = []
+        # The exit's first: a codec's check may fail, and one whose late requests went missing would seem worse.
+        jobs = [job] if (job := self.exits.job(route, inputs, encoded, result)) is not None else []
         if any(name in encoded_names and not is_exact(e) for each in route.encodings for name, e in each.items()):
             # Without the exit: of a fused prediction the part is compared that calibration measured.
             sample = Sample(route.full(), inputs, encoded, result.comparable, fallback.level)
             jobs.append(partial(self.check, sample))
-        if (exit_job := self.exits.job(route, inputs, encoded, result)) is not None:
-            jobs.append(exit_job)
         if jobs and self._draw() < self._share and not self._idle.is_closed:
             self._idle.offer(partial(_all, jobs))
 

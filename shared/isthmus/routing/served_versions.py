@@ -107,7 +107,8 @@ class ServedVersions:
         total = [sum(seconds) for seconds in zip(*used, strict=True)] or list(IDLE)
         rate = sum(each.chooser.usage.rate() for each in served)
         edge_wait_s, cloud_wait_s = self._estimates.wait_s(self._first_hop), self._estimates.wait_s(self._last_hop)
-        self._capacities.update(now, total, rate, edge_wait_s, cloud_wait_s)
+        calls = sum(each.chooser.calls for each in served)
+        self._capacities.update(now, total, rate, calls, edge_wait_s, cloud_wait_s)
         for each, own in zip(served, used, strict=True):
             others = [all_s - own_s for all_s, own_s in zip(total, own, strict=True)]
             expected = forecast(each.model.candidates, self._estimates)

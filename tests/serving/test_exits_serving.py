@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -111,6 +110,13 @@ def ask(client: FlaskClient, seed: int = 0, **headers: str) -> Any:
     return answer
 
 
+def form(photos: list[bytes]) -> dict[str, Any]:
+    # werkzeug's own boundaries have now and then more than the 70 characters of RFC 2046.
+    head = b'--page\r\nContent-Disposition: form-data; name="%s"; filename="photo.png"\r\n\r\n'
+    parts = [head % (b"image" if len(photos) == 1 else b"images") + data + b"\r\n" for data in photos]
+    return {"data": b"".join(parts) + b"--page--\r\n", "content_type": "multipart/form-data; boundary=page"}
+
+
 def exits(client: FlaskClient) -> dict[str, float]:
     return {labels[0][1]: count for (name, labels), count in metrics(client).items() if name == "isthmus_exits_total"}
 
@@ -185,9 +191,8 @@ def test_each_photo_of_a_batch_ends_where_it_is_sure(
     exiting: Published, functions: tuple[str, str], router: Routers, confidences: list[float], half: float
 ) -> None:
     client = router(exiting, ("local", functions[1]))
-    form = {"images": [(io.BytesIO(photo(seed=seed)), f"{seed}.png") for seed in range(6)]}
-    answer = client.post("/", data=form)
-    assert answer.status_code == 200
+    answer = client.post("/", **form([photo(seed=seed) for seed in range(6)]))
+    assert answer.status_code == 200, answer.json
     found = ["exit" in each["route"] for each in answer.json["predictions"]]
     assert found == [confidence >= half for confidence in confidences[:6]]
 
@@ -235,6 +240,17 @@ def test_an_exit_serves_sure_requests_through_an_outage_and_says_what_an_unsure_
     assert (later.status_code, later.content_type) == (503, CONTENT_TYPE)
     # Requests that found no tail count as late: an outage does not make every request seem early.
     assert state(lenient)["exit"]["share"] < 0.7
+
+
+def test_the_page_shows_where_a_photo_ended_and_the_full_model_beside_it(
+    plain: Published, functions: tuple[str, str], router: Routers, tmp_path: Path
+) -> None:
+    known = with_exit(plain, tmp_path, threshold=ALWAYS)
+    client = router(known, ("local", functions[1]), page=True)
+    text = client.post("/page/prediction?beside=raw", **form([photo()])).get_data(as_text=True)
+    assert text.count("<dt>exit</dt>") == 1
+    assert "<dd>at 6, confidence " in text
+    assert (text.count("<li>..6 on"), text.count("<li>6.. on")) == (2, 1)
 
 
 def test_a_plans_candidate_has_the_exit_that_it_names(

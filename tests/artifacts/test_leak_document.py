@@ -24,7 +24,7 @@ from isthmus.artifacts.leak import (
     table_digests,
     to_json,
 )
-from isthmus.errors import CalibrationError
+from isthmus.errors import LearningError
 from support.bundles import Published
 from support.bundles import photos as photos
 from support.paths import ROOT
@@ -97,7 +97,7 @@ def test_measurements_under_tables_learned_again_are_left_out(photos: Published,
 def test_a_document_of_another_model_is_refused(photos: Published, leak: Leak) -> None:
     data = to_json(replace(leak, subject="sha256:" + "0" * 64))
     bundle = replace(photos.bundle, leak=Blob(digest_of(data), len(data)))
-    with pytest.raises(CalibrationError, match="measured of another model") as refused:
+    with pytest.raises(LearningError, match="measured of another model") as refused:
         read_leak(bundle, lambda _: data)
     assert refused.value.hint == "measure it: isthmus leak photos --data FOLDER"
 
@@ -105,7 +105,7 @@ def test_a_document_of_another_model_is_refused(photos: Published, leak: Leak) -
 def test_a_similarity_beyond_1_is_refused_and_the_schema_is_that_of_the_struct(leak: Leak) -> None:
     doc = json.loads(to_json(leak))
     doc["entries"][0]["likeness"]["similarity"] = 1.5
-    with pytest.raises(CalibrationError, match=r"leak.entries\[0\].likeness.similarity is 1.5; it is at most 1"):
+    with pytest.raises(LearningError, match=r"leak.entries\[0\].likeness.similarity is 1.5; it is at most 1"):
         LEAK.decode(json.dumps(doc).encode())
     written = json.loads((ROOT / "docs" / "schemas" / "leak.schema.json").read_text())
     assert written == json.loads(json.dumps(schema(LEAK))), "write them: make schemas"

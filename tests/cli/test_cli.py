@@ -65,6 +65,7 @@ COMMANDS = [
     "link",
     "calibrate",
     "codec",
+    "leak",
     "draft",
     "exits",
     "compress",

@@ -174,7 +174,7 @@ class Bundle(Struct, frozen=True, forbid_unknown_fields=True, dict=True, tag_fie
     session's segments keep, `text` how a language model reads and writes, `embedding` how a sentence encoder takes
     texts; each is absent for other models. `redaction` is what the router blurs or masks in an input before it leaves.
     `variants` are compressed segments, `fusion` the weights of an exit's scores beside the model's.
-    `leak` is the blob of the leak document (docs/schemas/leak.schema.json).
+    `leak` is the blob of the leak document (docs/how-to/leak.md).
     """
 
     name: ModelName

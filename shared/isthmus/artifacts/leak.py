@@ -1,7 +1,7 @@
 """The leak document: how well inputs are reconstructed from what crosses each cut under each codec.
 
 Read by plans that bound what a crossing may reveal. Values are of the strongest attacker that was tried, and so lower
-bounds of what leaks. Format: docs/schemas/leak.schema.json.
+bounds of what leaks. Format: docs/how-to/leak.md.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from isthmus.artifacts.choice import RAW_ID, TRANSFORM_ID, BoundaryCodecId, Choi
 from isthmus.artifacts.constraints import Amount, Count, Digest, Share, Text, one_of
 from isthmus.artifacts.fidelity import model_digest
 from isthmus.artifacts.json_documents import DocumentKind, builtins, canonical
-from isthmus.errors import CalibrationError
+from isthmus.errors import LearningError
 
 MAX_BYTES = 4 * 2**20
 # Cuts times codecs: dozens in practice, since each takes a training run.
 MAX_ENTRIES = 10_000
 SSIM, CORRELATION = "ssim", "correlation"
-LINEAR, NETWORK = "linear", "network"
+MEAN, LINEAR, NETWORK = "mean", "linear", "network"
 # Both measures are 1 for the input itself.
 Similarity = Annotated[float, Meta(ge=-1, le=1)]
 
@@ -54,14 +54,14 @@ class LeakInputs(Struct, frozen=True, forbid_unknown_fields=True):
 class LeakEntry(Struct, frozen=True, forbid_unknown_fields=True):
     """What the strongest `attacker` reconstructs at `cut` from the boundary tensors under a codec.
 
-    `linear` is the likeness of the linear attacker, also where the network is stronger. `steps` of the network's
-    training were taken, fewer than demanded where its time was over.
+    The attacker `mean` guesses the mean input: nothing tried did better. `linear` is the likeness of the linear
+    attacker in any case. `steps` of the network's training were taken, fewer than demanded where its time was over.
     """
 
     cut: Text
     codec: BoundaryCodecId
     quality: Share
-    attacker: Annotated[str, one_of(LINEAR, NETWORK)]
+    attacker: Annotated[str, one_of(MEAN, LINEAR, NETWORK)]
     likeness: Likeness
     linear: Likeness
     steps: Count
@@ -121,14 +121,14 @@ def read_leak(bundle: Bundle, blob: Callable[[Blob], bytes]) -> Leak | None:
     Entries of a codec whose tables were learned again since are left out.
 
     Raises:
-        CalibrationError: unreadable, measured on another model, or written by another version.
+        LearningError: unreadable, measured on another model, or written by another version.
     """
     if bundle.leak is None:
         return None
     LEAK.check_size(bundle.leak.size)
     leak = from_json(blob(bundle.leak))
     if leak.subject != (subject := model_digest(bundle)):
-        raise CalibrationError(
+        raise LearningError(
             f"the leak document in {bundle.name} was measured of another model",
             subject=leak.subject,
             expected=subject,
@@ -153,9 +153,9 @@ def from_json(data: bytes | memoryview) -> Leak:
     """Parse a leak document.
 
     Raises:
-        CalibrationError: not of this format or version; the message names the field and the rule.
+        LearningError: not of this format or version; the message names the field and the rule.
     """
     return LEAK.decode(data)
 
 
-LEAK = DocumentKind(Leak, "leak", MAX_BYTES, CalibrationError, hint="measure again: isthmus leak NAME --data FOLDER")
+LEAK = DocumentKind(Leak, "leak", MAX_BYTES, LearningError, hint="measure again: isthmus leak NAME --data FOLDER")

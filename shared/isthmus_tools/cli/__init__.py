@@ -31,6 +31,8 @@ COMMANDS = {
     " next version.",
     "codec": "Show the fidelity and cost of every codec, beside JPEG and WebP of the input; or choose one by targets.",
     "redact": "Publish what the router redacts in a model's photos or texts before anything of them leaves the edge.",
+    "leak": "Measure how well attackers reconstruct inputs from what crosses each cut, by codec. Publishes the next"
+    " version.",
     "draft": "Fit an exit branch to a language model's cut; it drafts tokens at the edge. Publishes the next version.",
     "exits": "Fit early exits to a classifier's cuts: clear inputs are answered at the edge, with a bound on the risk.",
     "compress": "Compress a head for the edge: int8, pruned channels, and more; each measured. Publishes the next"

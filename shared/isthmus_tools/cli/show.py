@@ -73,6 +73,7 @@ def _document(version: VersionSummary) -> dict[str, Any]:
         "default_cuts": list(bundle.default_cuts),
         "variants": [builtins(each) for each in bundle.variants],
         "calibrated": list(version.calibrated),
+        "leak": list(version.leak),
         "plan": version.plan,
         "fusion": _fusion(bundle),
         "redaction": "" if bundle.redaction is None else bundle.redaction.sentence(),
@@ -111,6 +112,8 @@ def _show(version: VersionSummary) -> None:
             f"{each.segment.id}: {each.method}; {format_size(each.segment.graph.size)}, {each.seconds_ratio:.2f} of the"
             f" segment's time, {each.agreement:.1%} of {each.inputs} predictions the same"
         )
+    if version.leak:
+        say(f"what leaks: measured {cuts_text(version.leak)}")
     say(f"calibrated: {cuts_text(version.calibrated)}; plan: {version.plan or 'none'}")
 
 

@@ -9,8 +9,9 @@ from datetime import datetime
 from isthmus.artifacts.alias import Alias
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.fidelity import read_fidelity
+from isthmus.artifacts.leak import read_leak
 from isthmus.artifacts.plan import Plan, read_plan
-from isthmus.errors import CalibrationError, Missing, NotGranted, PlanMalformed, PlanMismatch
+from isthmus.errors import CalibrationError, LearningError, Missing, NotGranted, PlanMalformed, PlanMismatch
 from isthmus.registry import Registry
 from isthmus.registry.aliases import PROD
 from isthmus.registry.run_records import never_run
@@ -27,9 +28,9 @@ ENCRYPTED = "encrypted"
 class VersionSummary:
     """A version of a model.
 
-    `calibrated` are the cuts with measured codecs; `plan` is the choice of its plan, empty for none. Either is
-    UNREADABLE where so. `serves` says whether requests without a version reach it, `ran` whether each of its segments
-    was loaded and run.
+    `calibrated` are the cuts with measured codecs, `leak` those at which reconstructions of inputs were measured;
+    `plan` is the choice of its plan, empty for none. Each is UNREADABLE where so. `serves` says whether requests
+    without a version reach it, `ran` whether each of its segments was loaded and run.
     """
 
     name: str
@@ -39,6 +40,7 @@ class VersionSummary:
     aliases: tuple[str, ...]
     serves: bool
     calibrated: tuple[str, ...]
+    leak: tuple[str, ...]
     plan: str
     bundle: Bundle
     ran: bool
@@ -99,6 +101,7 @@ def summarise(registry: Registry, reference: str) -> VersionSummary:
         tuple(sorted(alias for alias, version in aliases.items() if version == found.version)),
         serving_version(registry, found.name) == found.version,
         _calibrated(registry, found.bundle),
+        _leak(registry, found.bundle),
         _plan_name(registry, found.bundle),
         found.bundle,
         not never_run(registry, found.bundle),
@@ -169,6 +172,16 @@ def _calibrated(registry: Registry, bundle: Bundle) -> tuple[str, ...]:
     except NotGranted:
         return (ENCRYPTED,)
     return tuple(fidelity.cuts()) if fidelity is not None else ()
+
+
+def _leak(registry: Registry, bundle: Bundle) -> tuple[str, ...]:
+    try:
+        leak = read_leak(bundle, registry.blob)
+    except LearningError:
+        return (UNREADABLE,)
+    except NotGranted:
+        return (ENCRYPTED,)
+    return tuple(leak.cuts()) if leak is not None else ()
 
 
 def _plan_name(registry: Registry, bundle: Bundle) -> str:

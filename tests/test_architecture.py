@@ -56,7 +56,7 @@ TOOLS = {
     "profiling": {"graph", "budget", "progress"},
     "planner": {"graph", "profiling", "budget", "progress"},
     "calibration": {"graph", "budget", "array_files", "progress"},
-    "learning": {"graph", "calibration", "profiling", "array_files", "budget", "progress"},
+    "learning": {"graph", "calibration", "profiling", "array_files", "budget", "progress", "parent_death"},
     "engine": {"parent_death"},
     "figures": {"graph", "calibration", "planner", "profiling", "learning"},
     "printable": set(),

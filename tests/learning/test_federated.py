@@ -55,10 +55,7 @@ def test_four_nodes_with_skewed_labels_come_within_two_points_of_central_trainin
     central.run()
     expected = float((central.scores_of(data.test).argmax(1) == data.test.labels).mean())
     seen: list[Frame] = []
-    rounds = Rounds(
-        LocalTraining(network(data), data, OPTIONS, 0, epochs=1).weights(), RoundTerms(20, 4, 4, momentum=0.5)
-    )
-    server = RoundsServer(rounds, RUN)
+    server = RoundsServer(lambda weights: Rounds(weights, RoundTerms(21, 4, 4, momentum=0.5)), RUN)
 
     def exchange(frame: Frame, context: Context) -> Frame:
         reply = server.exchange(frame, context)
@@ -82,14 +79,18 @@ def test_four_nodes_with_skewed_labels_come_within_two_points_of_central_trainin
             thread.join()
         for hop in hops:
             hop.close()
+    rounds = server.rounds
+    assert rounds is not None
     assert rounds.is_over
     assert rounds.all_told
     final = network(data)
     LocalTraining(final, data, OPTIONS, 0, epochs=1).load(rounds.weights)
     accuracy = float((Trainer(final, data, OPTIONS, 0).scores_of(data.test).argmax(1) == data.test.labels).mean())
     assert accuracy >= expected - 0.02
-    # Weights and counts alone cross, in both directions.
+    # Weights, the mean and mean square of each channel, and counts alone cross, in both directions.
     shapes = {name: array.shape for name, array in rounds.weights.items()}
+    assert set(shapes) == {"input:mean", "input:square", *final.network.state_dict()}
+    assert shapes["input:mean"] == shapes["input:square"] == (64,)
     for frame in seen:
         for name, array in frame.tensors.items():
             assert array.shape == (() if name == "examples" else shapes[name])
@@ -184,11 +185,16 @@ def test_the_server_goes_on_from_its_last_round_and_knows_its_nodes(tmp_path: Pa
     first.deliver(0, update("a", 1.0))
     state = restored(checkpoints)
     assert state is not None
-    rounds = Rounds(**state, terms=terms)
-    assert rounds.number == 1
-    server = RoundsServer(rounds, RUN)
+    server = RoundsServer(lambda weights: Rounds(**state, terms=terms), RUN)
     context = Context.from_headers({}, longest_s=5)
     caller = "a:" + "0" * 16
+    assert server.exchange(Frame({}, RUN, "federated/task", caller), context).segment == "federated/rejoin"
+    with pytest.raises(ShapeMismatch):  # a node with other inputs
+        server.exchange(Frame({**WEIGHTS, "w": np.zeros(3, "f4")}, RUN, "federated/join", caller), context)
+    server.exchange(Frame(WEIGHTS, RUN, "federated/join", caller), context)
+    rounds = server.rounds
+    assert rounds is not None
+    assert rounds.number == 1
     task = server.exchange(Frame({}, RUN, "federated/task", caller), context)
     assert task.segment == "federated/round"
     change = update("a", 1.0).change | {"examples": np.asarray(1)}

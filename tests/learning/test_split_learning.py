@@ -31,7 +31,7 @@ from isthmus_tools.learning.split.edge import (  # noqa: E402
     SplitCheckpoints,
     SplitComputation,
     edge_layers,
-    parts_behind_cut,
+    layers_behind_cut,
     train_edge,
 )
 from isthmus_tools.learning.split.messages import SplitTerms  # noqa: E402
@@ -86,7 +86,7 @@ class Split:
     def new_cloud(self) -> CloudSide:
         def behind(shape: object, classes: int) -> torch.nn.Module:
             network = two_parts(list(shape), classes)  # type: ignore[call-overload]
-            return parts_behind_cut(network, labels_stay=self.terms.labels_stay)[0]
+            return layers_behind_cut(network, labels_stay=self.terms.labels_stay)[0]
 
         return CloudSide(behind, self.terms, OPTIONS, Checkpoints(self.folder / "cloud", 2, RUN))
 

@@ -17,6 +17,8 @@ from isthmus.errors import LearningError, ShapeMismatch
 Weights = Mapping[str, Array]
 # Sums of that many nodes' numbers stay within the whole numbers of a float64.
 MAX_EXAMPLES = 10**9
+STATISTICS = "input:"
+"""Before the names of the inputs' statistics among the weights; no name of a weight has a colon."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def moved(
     new: dict[str, Array] = {}
     speed: dict[str, Array] = {}
     for name, array in weights.items():
-        is_float = array.dtype.kind == "f"
+        # Statistics are set once, and do not move on.
+        is_float = array.dtype.kind == "f" and not name.startswith(STATISTICS)
         total = change[name] + momentum * velocity[name] if is_float and name in velocity else change[name]
         # Arithmetic on arrays without axes gives numpy's scalars.
         speed[name] = np.asarray(total, array.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,23 +19,30 @@ from isthmus.codecs import EncodedTensor, Encoding, encode_tensor
 from isthmus.context import Context
 from isthmus.errors import LearningError, RequestMalformed
 from isthmus.wire.frame import Frame, Step
-from isthmus_tools.learning.federated.averaging import NodeUpdate, Weights
+from isthmus_tools.learning.federated.averaging import NodeUpdate, Weights, check_update
 from isthmus_tools.learning.federated.rounds import RoundRecord, Rounds
 from isthmus_tools.learning.training.checkpoints import Checkpoints, State
 
-TASK, UPDATE = "federated/task", "federated/update"
-ROUND, WAIT, OVER, ACCEPTED, LATE = (f"federated/{name}" for name in ("round", "wait", "over", "accepted", "late"))
+JOIN, TASK, UPDATE = "federated/join", "federated/task", "federated/update"
+ROUND, WAIT, OVER, ACCEPTED, LATE, REJOIN = (
+    f"federated/{name}" for name in ("round", "wait", "over", "accepted", "late", "rejoin")
+)
 EXAMPLES = "examples"
 # The process tells a node that was started again from two nodes with a single name.
 _CALLER = re.compile(r"([A-Za-z0-9._-]{1,64}):([0-9a-f]{16})")
 
 
 class RoundsServer:
-    """Answers the nodes' frames of one run; thread-safe."""
+    """Answers the nodes' frames of one run; thread-safe.
 
-    def __init__(self, rounds: Rounds, run: str) -> None:
-        self._rounds, self._run = rounds, run
+    The first node that joins brings the weights with which all begin: the configuration's seed makes the same on every
+    node, and this process needs neither data nor network. `make` starts the rounds from these.
+    """
+
+    def __init__(self, make: Callable[[Weights], Rounds], run: str) -> None:
+        self._make, self._run = make, run
         self._lock = threading.Lock()
+        self.rounds: Rounds | None = None
         # Each node's process, and the processes that a later process of the same name replaced.
         self._processes: dict[str, str] = {}
         self._replaced: set[str] = set()
@@ -52,20 +60,32 @@ class RoundsServer:
                 hint="start all with the same file: network, seed, classes and rounds are part of it",
             )
         node = self._node_of(frame.request)
+        # Copies: arrays of a frame are views of the request's body, and would keep the body in memory.
+        tensors = {name: array.copy() for name, array in frame.tensors.items() if name != EXAMPLES}
+        if frame.segment == JOIN:
+            return self._join(tensors, frame.request)
+        if (rounds := self.rounds) is None:  # this process was started again, and has not heard of a network
+            return numbered(REJOIN, self._run, 0, {}, frame.request)
         if frame.segment == TASK:
-            task = self._rounds.task(node)
+            task = rounds.task(node)
             if task.weights is None:
                 return numbered(WAIT, self._run, task.number, {}, frame.request)
             return numbered(OVER if task.is_over else ROUND, self._run, task.number, task.weights, frame.request)
         if frame.segment != UPDATE or frame.step is None:
-            raise RequestMalformed(f"{frame.segment[:80]!r} is no operation; there are {TASK} and {UPDATE}")
+            raise RequestMalformed(f"{frame.segment[:80]!r} is no operation; there are {JOIN}, {TASK} and {UPDATE}")
         examples = frame.tensors.get(EXAMPLES)
         if examples is None or examples.dtype != np.int64 or examples.shape != ():
             raise RequestMalformed("an update has its number of examples as an int64")
-        # Copies: arrays of a frame are views of the request's body, and would keep the body in memory.
-        change = {name: array.copy() for name, array in frame.tensors.items() if name != EXAMPLES}
-        is_taken = self._rounds.deliver(frame.step.position, NodeUpdate(node, int(examples), change))
+        is_taken = rounds.deliver(frame.step.position, NodeUpdate(node, int(examples), tensors))
         return numbered(ACCEPTED if is_taken else LATE, self._run, frame.step.position, {}, frame.request)
+
+    def _join(self, weights: Weights, caller: str) -> Frame:
+        with self._lock:
+            if self.rounds is None:
+                self.rounds = self._make(weights)
+            # Names, dtypes and shapes: a node with other inputs would fail in its first round.
+            check_update(NodeUpdate(caller.partition(":")[0], 1, weights), self.rounds.weights)
+        return numbered(ACCEPTED, self._run, self.rounds.number, {}, caller)
 
     def _node_of(self, caller: str) -> str:
         if (match := _CALLER.fullmatch(caller)) is None:

@@ -41,7 +41,7 @@ from isthmus_tools.learning.split.messages import (
     tensor_of,
 )
 from isthmus_tools.learning.training.checkpoints import Checkpoints, State
-from isthmus_tools.learning.training.networks import Normalised, TwoPartNetwork
+from isthmus_tools.learning.training.networks import Normalised, two_parts
 from isthmus_tools.learning.training.trainer import Trainer, TrainingBatch, TrainingResult, weighted_loss
 
 # A cloud that loses its state again and again before the next checkpoint is not going to get there.
@@ -60,26 +60,18 @@ def edge_layers(network: nn.Module, *, labels_stay: bool) -> EdgeLayers:
     """The edge's layers of a network of two parts.
 
     Raises:
-        LearningError: the network has no two parts, or its tail is no sequence that could end at the edge.
+        LearningError: it has no two parts, or its tail is no sequence that could end at the edge.
     """
-    _, end = parts_behind_cut(network, labels_stay=labels_stay)
-    return EdgeLayers(network.get_submodule("head"), end)
+    return EdgeLayers(two_parts(network)[0], layers_behind_cut(network, labels_stay=labels_stay)[1])
 
 
-def parts_behind_cut(network: nn.Module, *, labels_stay: bool) -> tuple[nn.Module, nn.Module | None]:
-    """The cloud's layers, and the last layer where the edge has that.
+def layers_behind_cut(network: nn.Module, *, labels_stay: bool) -> tuple[nn.Module, nn.Module | None]:
+    """The cloud's layers, and the last layer where that stays at the edge.
 
     Raises:
         LearningError: as `edge_layers`.
     """
-    children = dict(network.named_children())
-    if not isinstance(network, TwoPartNetwork) and set(children) != {"head", "tail"}:
-        raise LearningError(
-            "the network has no head and tail to train apart",
-            key="network.name",
-            hint="a network of its own has the modules head and tail, and forward gives tail(head(inputs))",
-        )
-    tail = children["tail"]
+    _, tail = two_parts(network)
     if not labels_stay:
         return tail, None
     if not isinstance(tail, nn.Sequential) or len(tail) < 2:

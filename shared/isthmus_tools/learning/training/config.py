@@ -180,6 +180,32 @@ class PublishTable(_TrainingTable, frozen=True, kw_only=True):
     metric: Annotated[str, matching("(accuracy|macro_f1)")] = "accuracy"
 
 
+class SplitLearningTable(_TrainingTable, frozen=True, kw_only=True):
+    """Training over the link: codecs of what crosses; labels `cross`, or `stay` with the last layer at the edge."""
+
+    labels: Annotated[str, matching("(cross|stay)")] = "cross"
+    activations: str = "raw"
+    gradients: str = "raw"
+
+
+class FederatedTable(_TrainingTable, frozen=True, kw_only=True):
+    """Federated averaging: `rounds`, in each of which a node passes `epochs` times over its data.
+
+    A round ends when all nodes have answered, or after `round_time` with the answers of at least `min_nodes`. The first
+    waits for `nodes` nodes. `momentum` is the server's. `average` is of all weights, or of the head's alone: each node
+    has a tail of its own then. `codec` encodes the nodes' changes of the weights.
+    """
+
+    rounds: Annotated[int, Meta(ge=1, le=10**6)] = 20
+    epochs: Annotated[int, Meta(ge=1, le=1000)] = 1
+    nodes: Annotated[int, Meta(ge=0, le=10**4)] = 0
+    min_nodes: Annotated[int, Meta(ge=1, le=10**4)] = 2
+    round_time: Seconds = Seconds(300)
+    momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    average: Annotated[str, matching("(all|head)")] = "all"
+    codec: str = "raw"
+
+
 class TrainConfig(_TrainingTable, frozen=True, kw_only=True):
     """The whole file. A run keeps its files in `folder`, relative to where the command runs, as the registry is."""
 
@@ -192,6 +218,8 @@ class TrainConfig(_TrainingTable, frozen=True, kw_only=True):
     network: NetworkTable = NetworkTable()
     training: FitTable = FitTable()
     publish: PublishTable = PublishTable()
+    split_learning: SplitLearningTable = SplitLearningTable()
+    federated: FederatedTable = FederatedTable()
 
     @property
     def network_name(self) -> str:
@@ -323,5 +351,7 @@ def _all_keys() -> list[str]:
         NetworkTable,
         FitTable,
         PublishTable,
+        SplitLearningTable,
+        FederatedTable,
     )
     return sorted({name for table in tables for name in table.__struct_fields__})

@@ -40,6 +40,22 @@ class TwoPartNetwork(nn.Module):
         return scores
 
 
+def two_parts(network: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Head and tail of a network that is to be trained in two places.
+
+    Raises:
+        LearningError: the network has no such parts.
+    """
+    children = dict(network.named_children())
+    if set(children) != {"head", "tail"}:
+        raise LearningError(
+            "the network has no head and tail to train apart",
+            key="network.name",
+            hint="a network of your own has the modules head and tail alone, and forward gives tail(head(inputs))",
+        )
+    return children["head"], children["tail"]
+
+
 class Normalised(nn.Module):
     """A network behind the normalisation by the training part's statistics: the graph takes raw inputs."""
 

@@ -1,0 +1,157 @@
+"""Training on several processes: the weights of one, uneven batches, a pipeline over the cut, killed workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from isthmus.errors import LearningError
+from isthmus_tools.learning.training.config import DataTable, FileSource, FitTable, NetworkTable, TrainConfig
+from isthmus_tools.learning.training.samples import PreparedData
+from support.training import digits
+
+torch = pytest.importorskip("torch")
+
+from isthmus_tools.learning.training.checkpoints import Checkpoints  # noqa: E402
+from isthmus_tools.learning.training.distributed import ProcessGroup, fit_on_processes  # noqa: E402
+from isthmus_tools.learning.training.run import TrainedNetwork, fit  # noqa: E402
+
+# The last of eleven batches has 13 rows: one process gets a row more than the other.
+ROWS = 333
+OPTIONS = FitTable(epochs=12, batch=32, rate=3e-3, patience=0, checkpoint_every=5, clip=0.5, label_smoothing=0.1)
+
+
+@pytest.fixture(scope="module")
+def data() -> PreparedData:
+    torch.set_num_threads(1)
+    return digits(train=ROWS)
+
+
+def config(folder: Path, options: FitTable = OPTIONS) -> TrainConfig:
+    return TrainConfig(
+        name="digits",
+        folder=str(folder / "run"),
+        data=DataTable(kind="table", sources=(FileSource(path="unused"),)),
+        network=NetworkTable(width=32),
+        training=options,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> TrainedNetwork:
+    folder = tmp_path_factory.mktemp("alone")
+    return fit(config(folder), data, Checkpoints(folder, 1, "x"), resume=False)
+
+
+def train(
+    data: PreparedData, folder: Path, group: ProcessGroup, on_start: Callable[[int], None] = lambda process: None
+) -> tuple[TrainedNetwork, list[str]]:
+    data.write(folder / "data")
+    stages: list[str] = []
+    trained = fit_on_processes(
+        config(folder),
+        data,
+        folder / "data",
+        "x",
+        group,
+        resume=False,
+        progress=lambda stage, done=0, total=0: stages.append(stage),
+        on_start=on_start,
+    )
+    return trained, stages
+
+
+def assert_same(trained: TrainedNetwork, alone: TrainedNetwork) -> None:
+    for ours, expected in zip(trained.result.history, alone.result.history, strict=True):
+        assert ours.loss == pytest.approx(expected.loss, rel=1e-3)
+        assert ours.validation_loss == pytest.approx(expected.validation_loss, rel=1e-3)
+    expected = alone.network.state_dict()
+    for name, value in trained.network.state_dict().items():
+        np.testing.assert_allclose(value.numpy(), expected[name].numpy(), atol=2e-3, err_msg=name)
+
+
+def kill_worker(agent: int, rank: int, when: Callable[[], bool]) -> threading.Thread:
+    """Kill -9 the worker of that rank, in a thread, once `when` is true."""
+
+    def kill() -> None:
+        while not when():
+            time.sleep(0.005)
+        while not (workers := [child for child in psutil.Process(agent).children() if _rank_of(child) == rank]):
+            time.sleep(0.02)
+        os.kill(workers[0].pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
+def _rank_of(process: psutil.Process) -> int:
+    try:
+        return int(process.environ().get("RANK", -1))
+    except psutil.Error:  # between fork and exec, or already over
+        return -1
+
+
+def test_two_processes_train_as_one_does_and_go_on_where_a_worker_is_killed(
+    data: PreparedData, alone: TrainedNetwork, tmp_path: Path
+) -> None:
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", 3, "x")
+    killed_after: list[int] = []
+
+    def is_under_way() -> bool:
+        if steps := checkpoints.steps():
+            killed_after.append(steps[-1])
+        return bool(killed_after)
+
+    killers: list[threading.Thread] = []
+    trained, stages = train(
+        data,
+        tmp_path,
+        ProcessGroup(2, max_restarts=1),
+        lambda agent: killers.append(kill_worker(agent, 1, is_under_way)),
+    )
+    killers[0].join()
+    assert any("started again 1 times" in stage for stage in stages)
+    # No more than the steps since the last checkpoint is lost.
+    assert trained.result.resumed_at >= killed_after[0]
+    assert_same(trained, alone)
+
+
+def test_a_pipeline_over_the_cut_trains_as_one_process_does(
+    data: PreparedData, alone: TrainedNetwork, tmp_path: Path
+) -> None:
+    trained, _ = train(data, tmp_path, ProcessGroup(2, pipeline=True))
+    assert_same(trained, alone)
+    # Each process wrote the checkpoints of its own stage.
+    names = [set(_state(tmp_path, stage)["network"]) for stage in (0, 1)]
+    assert not names[0] & names[1]
+    with pytest.raises(LearningError, match="not 3"):
+        ProcessGroup(3, pipeline=True)
+
+
+def _state(folder: Path, stage: int) -> dict[str, dict[str, object]]:
+    state = Checkpoints(folder / "run" / "checkpoints" / f"stage-{stage}", 2, "x").latest()
+    assert state is not None
+    return state
+
+
+def test_a_worker_that_dies_too_often_is_named(data: PreparedData, tmp_path: Path) -> None:
+    killers: list[threading.Thread] = []
+    with pytest.raises(LearningError, match=r"worker 1 \(process \d+\) died by SIGKILL") as failed:
+        train(
+            data,
+            tmp_path,
+            ProcessGroup(2, max_restarts=0),
+            lambda agent: killers.append(kill_worker(agent, 1, lambda: True)),
+        )
+    killers[0].join()
+    assert "--resume" in failed.value.hint
+    assert failed.value.facts["exit_code"] == -9

@@ -63,6 +63,8 @@ TOOLS = {
 }
 TOOLS["usecases"] = set(TOOLS) - {"figures"}
 """What a room of the tools may import of the tools; of the runtime it may import anything but the functions' apps."""
+SERVERS = {"usecases"}
+"""Rooms of the tools that may import a function's app: `isthmus train-tail` and `federate` serve trainings."""
 HEAVY = {
     "onnx": {"graph", "zoo"},
     "onnx_ir": {"graph"},
@@ -164,7 +166,7 @@ def is_allowed(package: str, room: str, target_package: str, target: str) -> boo
         allowed = {*BASE[: BASE.index(room)]} if room in BASE else RUNTIME.get(room, set())
         return target_package == "isthmus" and target in allowed
     if target_package == "isthmus":
-        return target != "serving" or room not in TOOLS
+        return target != "serving" or room not in TOOLS or room in SERVERS
     return room not in TOOLS or target in TOOLS[room]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from isthmus_tools.budget import Budget
     from isthmus_tools.graph.exporting import ModelInputs
-    from isthmus_tools.learning.training.config import read_config
+    from isthmus_tools.learning.training.config import TrainingPlace, read_config
     from isthmus_tools.progress import Progress
     from isthmus_tools.usecases.batch import BatchRequest, BatchResult, classify_photos
     from isthmus_tools.usecases.calibrate import CalibrateRequest, CalibrateResult, calibrate
@@ -56,7 +56,7 @@ _NAMES = {
     "usecases.publish": ("PromoteRequest", "PromoteResult", "PublishRequest", "PublishResult", "promote", "publish"),
     "usecases.pull": ("PullRequest", "PullResult", "pull"),
     "usecases.train": ("TrainRequest", "TrainResult", "train"),
-    "learning.training.config": ("read_config",),
+    "learning.training.config": ("TrainingPlace", "read_config"),
     "usecases.trigger": ("PartCheck", "TriggerRequest", "check_trigger", "run_trigger"),
     "usecases.verify": ("VerifyRequest", "VerifyResult", "verify"),
     "graph.exporting": ("ModelInputs",),
@@ -94,6 +94,7 @@ __all__ = [
     "PullResult",
     "TrainRequest",
     "TrainResult",
+    "TrainingPlace",
     "TriggerRequest",
     "VerifyRequest",
     "VerifyResult",

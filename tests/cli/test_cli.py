@@ -30,6 +30,8 @@ from support.paths import ROOT
 COMMANDS = [
     "import",
     "train",
+    "train-tail",
+    "federate",
     "cuts",
     "cut",
     "models",

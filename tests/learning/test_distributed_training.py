@@ -52,7 +52,12 @@ def alone(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Train
 
 
 def train(
-    data: PreparedData, folder: Path, group: ProcessGroup, on_start: Callable[[int], None] = lambda process: None
+    data: PreparedData,
+    folder: Path,
+    group: ProcessGroup,
+    on_start: Callable[[int], None] = lambda process: None,
+    *,
+    resume: bool = False,
 ) -> tuple[TrainedNetwork, list[str]]:
     data.write(folder / "data")
     stages: list[str] = []
@@ -62,7 +67,7 @@ def train(
         folder / "data",
         "x",
         group,
-        resume=False,
+        resume=resume,
         progress=lambda stage, done=0, total=0: stages.append(stage),
         on_start=on_start,
     )
@@ -100,28 +105,22 @@ def _rank_of(process: psutil.Process) -> int:
         return -1
 
 
-def test_two_processes_train_as_one_does_and_go_on_where_a_worker_is_killed(
+def test_a_killed_worker_is_named_and_the_resumed_run_trains_as_one_process_does(
     data: PreparedData, alone: TrainedNetwork, tmp_path: Path
 ) -> None:
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", 3, "x")
-    killed_after: list[int] = []
-
-    def is_under_way() -> bool:
-        if steps := checkpoints.steps():
-            killed_after.append(steps[-1])
-        return bool(killed_after)
-
     killers: list[threading.Thread] = []
-    trained, stages = train(
-        data,
-        tmp_path,
-        ProcessGroup(2, max_restarts=1),
-        lambda agent: killers.append(kill_worker(agent, 1, is_under_way)),
-    )
+    group = ProcessGroup(2, max_restarts=0)
+    with pytest.raises(LearningError, match=r"worker 1 \(process \d+\) died by SIGKILL") as failed:
+        train(data, tmp_path, group, lambda agent: killers.append(kill_worker(agent, 1, checkpoints.exist)))
     killers[0].join()
-    assert any("started again 1 times" in stage for stage in stages)
+    assert "--resume" in failed.value.hint
+    assert failed.value.facts["exit_code"] == -9
+    last = checkpoints.steps()[-1]
+    trained, _ = train(data, tmp_path, group, resume=True)
     # No more than the steps since the last checkpoint is lost.
-    assert trained.result.resumed_at >= killed_after[0]
+    assert trained.result.resumed_at == last >= OPTIONS.checkpoint_every
+    assert trained.result.steps == alone.result.steps
     assert_same(trained, alone)
 
 
@@ -141,17 +140,3 @@ def _state(folder: Path, stage: int) -> dict[str, dict[str, object]]:
     state = Checkpoints(folder / "run" / "checkpoints" / f"stage-{stage}", 2, "x").latest()
     assert state is not None
     return state
-
-
-def test_a_worker_that_dies_too_often_is_named(data: PreparedData, tmp_path: Path) -> None:
-    killers: list[threading.Thread] = []
-    with pytest.raises(LearningError, match=r"worker 1 \(process \d+\) died by SIGKILL") as failed:
-        train(
-            data,
-            tmp_path,
-            ProcessGroup(2, max_restarts=0),
-            lambda agent: killers.append(kill_worker(agent, 1, lambda: True)),
-        )
-    killers[0].join()
-    assert "--resume" in failed.value.hint
-    assert failed.value.facts["exit_code"] == -9

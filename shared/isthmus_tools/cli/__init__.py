@@ -24,6 +24,9 @@ from isthmus_tools.cli.termination import unwinding
 COMMANDS = {
     "import": "Import a model: its weights in one file, its segments as small graphs, all under one digest.",
     "train": "Train a classifier: collect, clean, train, evaluate and publish, as a TOML file says.",
+    "train-tail": "Serve the layers behind the cut to an edge that trains the head: split learning, until Ctrl-C.",
+    "federate": "Train on the data of several nodes without moving it: a server averages the nodes' changes of the"
+    " weights.",
     "cuts": "List the cuts of a model along its graph: the boundary tensors, their bytes, and the work before them.",
     "cut": "Cut a bundle again and publish the result as its next version; no weights are copied. A plan stays in"
     " force.",
@@ -78,7 +81,8 @@ COMMANDS = {
 
 def load(name: str) -> Callable[..., None]:
     """The function of a command, from the module of its name; `import` is no name for a module."""
-    module, function = ("importing", "import_model") if name == "import" else (name, name)
+    plain = name.replace("-", "_")
+    module, function = ("importing", "import_model") if name == "import" else (plain, plain)
     command: Callable[..., None] = getattr(importlib.import_module(f"isthmus_tools.cli.{module}"), function)
     return command
 

@@ -93,6 +93,12 @@ def print_json(document: Any) -> None:
     sys.stdout.write(text.encode(errors="backslashreplace").decode())
 
 
+def print_json_line(document: Any) -> None:
+    """Write a JSON document as one line, at once: programs read the lines as they come."""
+    sys.stdout.write(json.dumps(document, default=str) + "\n")
+    sys.stdout.flush()
+
+
 def table(
     title: str,
     columns: Sequence[str],

@@ -40,6 +40,18 @@ def train(
             metavar="RULE",
         ),
     ] = "",
+    processes: Annotated[
+        int, typer.Option(help="Train on so many processes of this machine, data parallel.", min=1, metavar="N")
+    ] = 1,
+    pipeline: Annotated[
+        bool, typer.Option("--pipeline", help="With --processes 2: the head in one process, the tail in the other.")
+    ] = False,
+    split_with: Annotated[
+        str,
+        typer.Option(
+            help="Train the head here and the rest where `isthmus train-tail` listens: split learning.", metavar="URL"
+        ),
+    ] = "",
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
@@ -51,7 +63,7 @@ def train(
     Example: `isthmus train train.toml --resume`
     """
     # Imported late: help loads neither numpy nor a client of a broker.
-    from isthmus_tools.learning.training.config import read_config
+    from isthmus_tools.learning.training.config import TrainingPlace, read_config
     from isthmus_tools.usecases import train as use_case
 
     with errors(as_json):
@@ -62,6 +74,7 @@ def train(
             resume=resume,
             fresh=fresh,
             promote=promote,
+            place=TrainingPlace(processes, pipeline, split_with),
         )
         result = run(use_case.train, request, quiet=as_json)
         # Only commands draw.

@@ -39,12 +39,11 @@ def run_digest(config: TrainConfig, terms: msgspec.Struct) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def training_settings(registry: RegistrySettings, hop_security: str = "sealed") -> SegmentSettings:
+def training_settings(registry: RegistrySettings) -> SegmentSettings:
     """The settings of a training's server and calls: secrets and TLS as for functions, bounds for whole networks."""
     values = {field.name: getattr(registry, field.name) for field in fields(RegistrySettings)}
     return SegmentSettings(
         **values,
-        hop_security=hop_security,
         max_request_bytes=MAX_FRAME_BYTES,
         max_working_bytes=4 * MAX_FRAME_BYTES,
         deadline_s=_CALL_S,

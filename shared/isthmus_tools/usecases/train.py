@@ -17,7 +17,7 @@ from isthmus.registry import open_registry
 from isthmus.settings import RegistrySettings
 from isthmus_tools.learning.training.capture import Capture, capture
 from isthmus_tools.learning.training.cleaning import prepare
-from isthmus_tools.learning.training.config import FileSource, MqttSource, TrainConfig
+from isthmus_tools.learning.training.config import ONE_PROCESS, FileSource, MqttSource, TrainConfig, TrainingPlace
 from isthmus_tools.learning.training.evaluation import HeldOutScores, PairedComparison, evaluate
 from isthmus_tools.learning.training.files import photo_steps, read_samples
 from isthmus_tools.learning.training.samples import PreparedData, RawSample, read_prepared
@@ -36,7 +36,7 @@ class TrainRequest:
 
     `stage` runs that stage alone, on the results of the stages before. `resume` keeps the collected and cleaned data of
     an interrupted run and goes on from its last checkpoint; `fresh` removes all of an earlier run. `promote` replaces
-    the configuration's, unless empty.
+    the configuration's, unless empty. `place` says where the network is trained.
     """
 
     config: TrainConfig
@@ -45,6 +45,7 @@ class TrainRequest:
     resume: bool = False
     fresh: bool = False
     promote: str = ""
+    place: TrainingPlace = ONE_PROCESS
 
 
 @dataclass
@@ -162,7 +163,15 @@ class _TrainingRun:
         checkpoints = open_checkpoints(config, data, self.result.warnings.append)
         if not self._request.resume:
             checkpoints.remove()
-        trained = fit(config, data, checkpoints, resume=self._request.resume, progress=self._progress)
+        trained = fit(
+            config,
+            data,
+            checkpoints,
+            resume=self._request.resume,
+            progress=self._progress,
+            place=self._request.place,
+            settings=self._request.registry,
+        )
         self._progress("exporting the graph")
         export_graph(trained.network, data, self._model)
         self.result.training = trained.document() | {"fingerprint": mark}

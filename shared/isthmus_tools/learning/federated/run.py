@@ -39,7 +39,7 @@ def rounds_server(config: TrainConfig, *, fresh: bool, on_round: Callable[[Round
         LearningError: the configuration lists no classes, or has a codec that cannot be used.
     """
     table = config.federated
-    checkpoints = Checkpoints(Path(config.folder) / "checkpoints" / "rounds", _KEPT, digest_of(config))
+    checkpoints = Checkpoints(Path(config.folder) / "rounds", _KEPT, digest_of(config))
     if fresh:
         checkpoints.remove()
     terms = RoundTerms(

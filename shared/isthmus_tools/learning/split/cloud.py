@@ -178,10 +178,17 @@ class CloudSide:
         if not self._checkpoints.exist():
             self._checkpoints.write(0, self._made[1].state())
         theirs, own = numbers_of(frame, CHECKPOINTS), self._checkpoints.steps()
-        if not (common := set(theirs) & set(own)):
+        common = set(theirs) & set(own)
+        if not common and 0 in theirs:
+            # The edge begins anew. The state before the first step is of the seed, on both sides.
+            self._checkpoints.remove()
+            self._made = (facts, self._layers(frame))
+            self._checkpoints.write(0, self._made[1].state())
+            common = {0}
+        if not common:
             raise LearningError(
                 "the two sides have no checkpoint of the same step",
-                hint="start both with --fresh to begin anew",
+                hint="start the edge with --fresh to begin anew",
                 edge=sorted(theirs),
                 cloud=own,
             )

@@ -92,7 +92,7 @@ def fit_split(
 
 
 def cloud_side(config: TrainConfig, *, fresh: bool, on_step: Callable[[int], None] = lambda step: None) -> CloudSide:
-    """The cloud's side of the configuration's run, whose checkpoints are in its folder.
+    """The cloud's side of the configuration's run, with checkpoints in the folder `tail` of the run's.
 
     Raises:
         LearningError: as `split_terms`.
@@ -106,7 +106,7 @@ def cloud_side(config: TrainConfig, *, fresh: bool, on_step: Callable[[int], Non
         network = make_network(config.network, config.network_name, shape, classes)
         return layers_behind_cut(network, labels_stay=terms.labels_stay)[0]
 
-    folder = Path(config.folder) / "checkpoints" / "cloud"
+    folder = Path(config.folder) / "tail"
     checkpoints = Checkpoints(folder, max(2, config.training.keep), terms.run)
     if fresh:
         checkpoints.remove()

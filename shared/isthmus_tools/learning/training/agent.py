@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 from isthmus.files import write_whole
-from isthmus_tools.learning.training.worker import read_job
 
 
 def main() -> None:
@@ -24,7 +23,7 @@ def main() -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # Redirected: the workers' own lines would mix with the command's, and a failed worker's are looked at alone.
-    folder = Path(read_job(Path(path)).folder)
+    folder = Path(path).parent
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -235,6 +236,22 @@ class TrainConfig(_TrainingTable, frozen=True, kw_only=True):
         """The bundle's cuts: the configuration's, else where a ready network's head ends; none is the narrowest."""
         ready = READY_CUTS.get(self.network_name)
         return self.publish.cuts or ((ready,) if ready else ())
+
+
+@dataclass(frozen=True)
+class TrainingPlace:
+    """Where a network is trained: in `processes` of this machine, or its tail behind the URL `split_with`.
+
+    Two processes of a `pipeline` have head and tail.
+    """
+
+    processes: int = 1
+    pipeline: bool = False
+    split_with: str = ""
+
+
+ONE_PROCESS = TrainingPlace()
+"""In this process."""
 
 
 def read_config(path: Path, environment: dict[str, str]) -> TrainConfig:

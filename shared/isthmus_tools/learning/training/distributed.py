@@ -27,7 +27,7 @@ from isthmus_tools.learning.training.networks import two_parts
 from isthmus_tools.learning.training.run import TrainedNetwork, initial_network
 from isthmus_tools.learning.training.samples import PreparedData
 from isthmus_tools.learning.training.trainer import EpochResult, TrainingResult
-from isthmus_tools.learning.training.worker import Job
+from isthmus_tools.learning.training.worker import WorkerJob
 from isthmus_tools.progress import Progress, silent
 
 MAX_RESTARTS = 3
@@ -101,7 +101,7 @@ def _write_job(
         data=msgspec.structs.replace(config.data, sources=(FileSource(path="prepared"),)),
         network=msgspec.structs.replace(config.network, name=config.network_name),
     )
-    job = Job(
+    job = WorkerJob(
         folder=str(folder),
         data=str(data_folder),
         checkpoints=str(Path(config.folder) / "checkpoints"),
@@ -110,7 +110,12 @@ def _write_job(
         pipeline=group.pipeline,
         resume=resume,
     )
-    write_whole(folder / "job.json", msgspec.json.encode(job, enc_hook=lambda size: str(int(size))))
+    write_whole(folder / "job.json", msgspec.json.encode(job, enc_hook=_with_unit))
+
+
+def _with_unit(value: float) -> str:
+    """A duration or a size as the configuration writes it."""
+    return f"{value}s" if isinstance(value, float) else str(int(value))
 
 
 def _supervise(folder: Path, group: ProcessGroup, progress: Progress, on_start: Callable[[int], None]) -> None:

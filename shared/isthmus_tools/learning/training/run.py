@@ -15,11 +15,12 @@ import torch
 
 from isthmus.arrays import Array
 from isthmus.errors import LearningError
+from isthmus.settings import RegistrySettings
 from isthmus_tools.graph import torch_export
 from isthmus_tools.graph.load import read
 from isthmus_tools.graph.probe import values
 from isthmus_tools.learning.training.checkpoints import Checkpoints
-from isthmus_tools.learning.training.config import TrainConfig
+from isthmus_tools.learning.training.config import ONE_PROCESS, TrainConfig, TrainingPlace
 from isthmus_tools.learning.training.networks import Normalised, make_network
 from isthmus_tools.learning.training.samples import PreparedData, Samples
 from isthmus_tools.learning.training.trainer import Trainer, TrainingResult
@@ -27,6 +28,8 @@ from isthmus_tools.progress import Progress, silent
 
 SCORES = "scores"
 """Name of the graph's output: a score for each class, before softmax."""
+DATA_FOLDER = "data"
+"""The folder of the prepared data in a run's folder."""
 # Rows of a run of the graph: bounds the memory of an evaluation.
 _ROWS = 256
 
@@ -97,18 +100,51 @@ def fit(
     *,
     resume: bool,
     progress: Progress = silent,
+    place: TrainingPlace = ONE_PROCESS,
+    settings: RegistrySettings | None = None,
 ) -> TrainedNetwork:
-    """Train the configuration's network in this process.
+    """Train the configuration's network where `place` says; the data is in the run's folder too.
+
+    `settings` have the secrets for calls to other machines.
 
     Raises:
-        LearningError: as `Trainer.run`, or the device is missing.
+        LearningError: as `Trainer.run`, the device is missing, or a worker died too often.
+        HopError: the other side of split learning cannot be reached.
     """
     _check_device(config.training.device)
+    if place.processes > 1 or place.pipeline or place.split_with:
+        return _fit_elsewhere(config, data, place, settings or RegistrySettings(), resume, progress)
     began = time.monotonic()
     network = initial_network(config, data)
     trainer = Trainer(network, data, config.training, config.seed, checkpoints=checkpoints, progress=progress)
     result = trainer.run(resume=resume)
     return TrainedNetwork(network.cpu(), result, time.monotonic() - began)
+
+
+def _fit_elsewhere(
+    config: TrainConfig,
+    data: PreparedData,
+    place: TrainingPlace,
+    settings: RegistrySettings,
+    resume: bool,
+    progress: Progress,
+) -> TrainedNetwork:
+    # Imported late: both build on this module, and most runs need neither.
+    from isthmus_tools.learning.remote import connect, training_settings
+    from isthmus_tools.learning.split.run import fit_split
+    from isthmus_tools.learning.training.distributed import ProcessGroup, fit_on_processes
+
+    if not place.split_with:
+        group = ProcessGroup(place.processes, place.pipeline)
+        folder, mark = Path(config.folder) / DATA_FOLDER, fingerprint(config, data)
+        return fit_on_processes(config, data, folder, mark, group, resume=resume, progress=progress)
+    if place.processes > 1 or place.pipeline:
+        raise LearningError("--split-with trains the head in one process: without --processes and --pipeline")
+    hop = connect(place.split_with, training_settings(settings))
+    try:
+        return fit_split(config, data, hop, resume=resume, progress=progress)
+    finally:
+        hop.close()
 
 
 def export_graph(network: Normalised, data: PreparedData, path: Path) -> None:

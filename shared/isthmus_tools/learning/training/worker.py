@@ -40,7 +40,7 @@ _STEP_S = 600
 _TELL_S = 0.2
 
 
-class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class WorkerJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the workers share: files are in `folder`, the data is in `data`, checkpoints in `checkpoints`."""
 
     folder: str
@@ -52,15 +52,15 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     resume: bool
 
 
-def read_job(path: Path) -> Job:
+def read_job(path: Path) -> WorkerJob:
     """The job that `launch` wrote."""
-    return msgspec.json.decode(path.read_bytes(), type=Job, dec_hook=decode_unit)
+    return msgspec.json.decode(path.read_bytes(), type=WorkerJob, dec_hook=decode_unit)
 
 
 class _Worker:
     """One process: its rank, its device, and its part of the network."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: WorkerJob) -> None:
         self._job, self._folder = job, Path(job.folder)
         self.rank = int(os.environ["RANK"])
         self._attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -116,12 +116,12 @@ def test_photos_of_the_user_tell_the_share_that_exits(tmp_path: Path, monkeypatc
     monkeypatch.setattr("isthmus_tools.planner.exit_trials.MIN_INPUTS", 12)
     published = with_served_exit(publish_photos(tmp_path), tmp_path, 0.999)
     examples, further = from_photos(published.bundle, [photo()]), [photo(seed=seed) for seed in range(1, 12)]
-    for is_own, inputs in ((True, 12), (False, 400)):
-        options: Any = {"examples": examples, "kind": "photo", "jpeg_photos": further, "own_photos": is_own}
-        with evaluated(published, **options, max_cuts=1) as made:
-            early = planned(made)["split-6-raw-exit"].exit
-        assert early is not None
-        assert (early.inputs, early.examples) == (inputs, is_own)
+    with evaluated(
+        published, examples=examples, kind="photo", jpeg_photos=further, own_photos=True, max_cuts=1
+    ) as made:
+        early = planned(made)["split-6-raw-exit"].exit
+    assert early is not None
+    assert (early.inputs, early.examples) == (12, True)
 
 
 def test_a_compressed_head_is_a_candidate_with_each_codec_and_the_agreement_of_its_own(

@@ -22,6 +22,7 @@ from isthmus_tools.planner.exit_trials import ExitTrial
 from isthmus_tools.planner.inputs import from_photos, random_inputs
 from isthmus_tools.planner.measurement import contenders, requester
 from isthmus_tools.planner.segment_pool import codec_tables
+from isthmus_tools.planner.throughput import stage_seconds
 from isthmus_tools.usecases.explain import in_words
 from support.bundles import photo, publish_photos, segment_settings, served
 from support.calibrated_photos import no_variant, remote
@@ -65,6 +66,22 @@ def test_what_lies_behind_an_exit_counts_by_the_share_that_travels(candidate_set
     assert t.edge_run > whole.edge_run
     assert early.edge_memory_bytes > split.edge_memory_bytes
     assert early.cloud_memory_bytes == split.cloud_memory_bytes
+
+
+def test_stages_prices_and_joules_behind_an_exit_count_by_the_share_that_travels(candidate_set: CandidateSet) -> None:
+    tier = costs.TierPrices(cpu_second=0.0, active_watts=0.0, idle_watts=0.0)
+    cloud = costs.TierPrices(cpu_second=1.0, active_watts=1.0, idle_watts=0.0)
+    prices = costs.Prices(tier, cloud, costs.LinkPrices(gb_up=0.0, gb_down=0.0, joules_per_byte=0.0))
+    found = {c.name: c for c in candidate_set.predict(LINK, prices)}
+    early, split = found["split-6-half-exit"], found["split-6-half"]
+    assert (early.price, early.energy_j) == (pytest.approx((split.price or 0) / 4), pytest.approx(early.price))
+    stages, whole = stage_seconds(early), stage_seconds(split)
+    assert stages.cloud == pytest.approx(whole.cloud / 4, rel=0.01)
+    assert stages.uplink == pytest.approx(whole.uplink / 4, rel=0.01)
+    assert stages.edge > whole.edge - split.predicted.pack
+    throughput = build_plan(candidate_set, [early, found["cloud-raw"]], LINK, "throughput", Constraints())
+    assert throughput.mix is not None
+    assert throughput.mix.rate >= throughput.mix.alone * 0.999
 
 
 def test_moving_an_exit_to_another_link_equals_a_prediction_there(candidate_set: CandidateSet) -> None:

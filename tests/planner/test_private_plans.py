@@ -67,7 +67,15 @@ def test_without_a_private_cut_the_model_stays_at_the_edge(tmp_path: Path) -> No
     with evaluated(published, private_ssim=0.3, max_cuts=1, cloud_s=1e-6, link=slow) as made:
         plan = build_plan(made, made.predict(slow), slow, "latency", Constraints(private_ssim=0.3))
     assert plan.chosen == "edge-float"
+    assert "reconstructions are above 0.3 at 6 (0.50)" in plan.why
+    assert not [sentence for sentence in plan.why if "one side of the link" in sentence or "mean input" in sentence]
     assert from_json(plan_json(plan)).constraints.private_ssim == 0.3
+
+
+def test_a_bound_below_what_the_mean_input_reaches_is_named_as_such(tmp_path: Path) -> None:
+    published = revealing(publish_photos(tmp_path), tmp_path, cut_6=0.2)
+    with evaluated(published, private_ssim=0.05, max_cuts=1) as made:
+        assert "the mean input alone is 0.10 similar to an input: no cut can be below that" in made.notes
 
 
 def test_a_bound_without_a_leak_document_says_how_to_measure_one(tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def build_plan(
         Infeasible: as `choose`.
     """
     plan = plan_of_choice(candidate_set, candidates, conditions, objective, constraints, prices)
-    plan = replace(plan, why=(*plan.why, *_caveats(candidate_set, plan.candidates, plan.choice)))
+    plan = replace(plan, why=(*plan.why, *_caveats(candidate_set, plan)))
     if objective != "throughput" or (mix := planned_mix(plan)) is None:
         return plan
     return replace(plan, mix=mix, why=(plan.why[0], mix_reason(mix), *plan.why[1:]))
@@ -268,10 +268,13 @@ def with_measurements(candidates: Sequence[Candidate], measured: Sequence[Candid
     return tuple(by_name.get(c.name, c) for c in candidates)
 
 
-def _caveats(candidate_set: CandidateSet, candidates: Sequence[Candidate], best: Candidate) -> list[str]:
+def _caveats(candidate_set: CandidateSet, plan: Plan) -> list[str]:
+    candidates, best = plan.candidates, plan.choice
+    # With a bound on reconstructions the set's notes say why cuts are none.
+    searched = not candidate_set.skipped_cuts and plan.constraints.private_ssim is None
     caveats = [*candidate_set.notes]
     whole, least = _input_bytes(candidate_set), candidate_set.min_boundary_bytes
-    if not any(c.kind == "split" for c in candidates) and not candidate_set.skipped_cuts:
+    if not any(c.kind == "split" for c in candidates) and searched:
         caveats.append("no cut is a candidate: one side of the link takes everything")
     elif least >= whole and best.kind != "split":
         caveats.append(

@@ -71,11 +71,14 @@ class Offer:
         """Sentences on the cuts that the bound does not allow."""
         if (leak := self.leak) is None:
             return []
-        refused = {cut: revealed(leak, cut, RAW) for cut in cuts if not self.allows(cut)}
+        refused = {cut: revealed(leak, cut, RAW) for cut in (*cuts, *leak.cuts()) if not self.allows(cut)}
         shown = [f"{cut} ({similarity:.2f})" for cut, similarity in refused.items() if similarity is not None]
         unknown = [cut for cut, similarity in refused.items() if similarity is None]
         rest = [f"the leak document has no cut {', '.join(unknown)}"] if unknown else []
         above = [f"reconstructions are above {self.limit:g} at {', '.join(shown)}"] if shown else []
+        if (least := leak.baseline.similarity) > self.limit:
+            # Inputs that resemble each other, as digits do, are alike without any activations.
+            rest.append(f"the mean input alone is {least:.2f} similar to an input: no cut can be below that")
         return [f"inputs stay at the edge by {leak.measure}, so cloud-only is no candidate", *above, *rest]
 
 

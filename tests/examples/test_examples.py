@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from isthmus.settings import RouterSettings
+from isthmus.registry import open_registry
+from isthmus.settings import RegistrySettings, RouterSettings
 from support.cli import isthmus
 from support.example_scripts import EXAMPLES, output
 from support.models import package_dir
@@ -51,6 +52,11 @@ def test_a_cnn_is_trained_calibrated_and_classifies(tmp_path: Path, monkeypatch:
     # As photos, what the evaluation counted as arrays.
     recall = next(each for each in evaluation["classes"] if each["label"] == "3")["recall"]["value"]
     assert right / len(lines) == pytest.approx(recall)
+    exits = open_registry(RegistrySettings(registry=str(tmp_path / "registry"))).resolve("digits").bundle.exits
+    gates = [early.gate for early in exits if early.gate is not None]
+    assert gates
+    assert all(gate.bound <= 0.02 and gate.inputs == 200 for gate in gates)
+    assert max(gate.share for gate in gates) > 0.3
 
 
 def test_two_sensors_become_one_model_with_the_gain_that_the_page_prints(

@@ -43,14 +43,16 @@ def run(branch: BranchGraph, arrays: dict[str, Any]) -> dict[str, Any]:
     return runner.run({spec.name: arrays[spec.name] for spec in branch.segment.inputs})
 
 
-def values(shape: tuple[int, ...], dtype: str = "float32", smooth: int = -1) -> Any:
+def values(shape: tuple[int, ...], dtype: str = "float32", smooth: int = -1, mean: float = 50) -> Any:
     """Noise around 50, so that means cost digits; neighbours along `smooth` are alike."""
     noise = np.random.default_rng(sum(shape)).normal(0, 1, shape)
-    return (50 + np.cumsum(noise, axis=smooth)).astype(DTYPES[dtype])
+    return (mean + np.cumsum(noise, axis=smooth)).astype(DTYPES[dtype])
 
 
 CASES = {
     "map": ([("h", "float32", (BATCH, 6, 8, 9))], (5, 6, 8, 9), 6 * 49),
+    "signed-map": ([("h", "float32", (BATCH, 6, 8, 9))], (5, 6, 8, 9), 2 * 6 * 49),
+    "signed-series": ([("h", "float32", (BATCH, 5, "time"))], (5, 5, 40), 2 * 5 * 3),
     "wide-map": ([("h", "float32", (BATCH, 600, 4, 4))], (5, 600, 4, 4), 600),
     "free-map": ([("h", "float32", (BATCH, 6, "height", "width"))], (5, 6, 8, 9), 6),
     "series": ([("h", "float32", (BATCH, 5, 40))], (5, 5, 40), 5 * 9),
@@ -66,7 +68,7 @@ CASES = {
 def test_graph_and_numpy_agree_on_every_kind_of_tensor(case: str) -> None:
     (declared,), shape, width = CASES[case]
     spec = TensorSpec(*declared)
-    arrays = {"h": values(shape, spec.dtype)}
+    arrays = {"h": values(shape, spec.dtype, mean=0 if case.startswith("signed") else 50)}
     branch = branch_of([spec], arrays, TensorSpec("y", "float32", (spec.shape[0], 4)))
     assert sum(pool.width for pool in branch.pools) == features_of(branch.pools, arrays).shape[1] == width
     outputs, (logits, confidences) = run(branch, arrays), branch.reference(arrays)
@@ -83,6 +85,14 @@ def test_tokens_are_pooled_over_their_axis_with_the_first_apart() -> None:
     np.testing.assert_allclose(features, expected, rtol=1e-5)
     longer = {"h": values((3, 50, 8), smooth=1)}
     np.testing.assert_allclose(run(branch, longer)[EXIT_SCORES], branch.reference(longer)[0], atol=2e-3)
+
+
+def test_means_before_a_relu_span_those_behind_it() -> None:
+    signed = values((4, 3, 8, 8), mean=0)
+    spec = TensorSpec("h", "float32", (BATCH, 3, 8, 8))
+    features = [features_of(pools_for([spec], {"h": x[:1]}), {"h": x}) for x in (signed, np.maximum(signed, 0))]
+    half = features[0].shape[1] // 2
+    np.testing.assert_allclose((features[0][:, :half] + features[0][:, half:]) / 2, features[1], atol=1e-5)
 
 
 def test_several_tensors_share_the_features_and_whole_numbers_are_left_out() -> None:

@@ -24,9 +24,10 @@ from isthmus_tools.graph.node_writer import NodeWriter, initialiser, written_mod
 class TensorPool:
     """How a boundary tensor becomes `width` features.
 
-    `rows` and `columns` are matrices of means over cells of the last two axes; without, the mean over all places.
-    `extremes` adds the maximum over places, `first` the first place of a sequence. `channels_last` moves channels to
-    the second axis first. Shapes: rows (cells, height), columns (places, cells), both float32.
+    `channels_last` moves channels to the second axis first, and `magnitudes` appends absolute values as further
+    channels. `rows` and `columns` are matrices of means over cells of the last two axes; without, the mean over all
+    places. `extremes` adds the maximum over places, `first` the first place of a sequence. Shapes: rows
+    (cells, height), columns (places, cells), both float32.
     """
 
     tensor: str
@@ -35,6 +36,7 @@ class TensorPool:
     rows: Array | None = None
     columns: Array | None = None
     channels_last: bool = False
+    magnitudes: bool = False
     extremes: bool = False
     first: bool = False
 
@@ -122,6 +124,8 @@ class _BranchWriter:
             x = self.op("Transpose", [x], "channels_first", perm=[0, rank - 1, *range(1, rank - 1)])
         if rank == 2:
             return x if pool.columns is None else self.op("MatMul", [x, self.constant(pool.columns, "cells")], "cells")
+        if pool.magnitudes:
+            x = self.op("Concat", [x, self.op("Abs", [x], "abs")], "signed_and_absolute", axis=1)
         places = self.numbers(*range(2, rank))  # the axes behind (batch, channels)
         if pool.columns is None:
             cells = self.op("ReduceMean", [x, places], "mean", keepdims=0)
@@ -204,4 +208,4 @@ def _pool_macs(pool: TensorPool, spec: TensorSpec) -> int:
         return 0
     places, cells = pool.columns.shape
     rows = 0 if pool.rows is None else pool.rows.shape[0]
-    return int(size * cells + size // places * cells * rows)
+    return int((1 + pool.magnitudes) * (size * cells + size // places * cells * rows))

@@ -50,7 +50,8 @@ def _spread(model: Model, bundle: Bundle) -> list[AnyCut]:
         # A model without MACs has all cuts in the first band: then nodes stand for work.
         within = [cut for cut in every if low < _depth(model, cut) <= high]
         if within and not any(low < _depth(model, cut) <= high for cut in published):
-            narrow = min(within, key=lambda cut: (len(cut.tensors), cut.bytes, cut.position))
+            # Of cuts before and behind an activation function, the one behind: its means tell more.
+            narrow = min(within, key=lambda cut: (len(cut.tensors), cut.bytes, cut.macs_before, -(cut.position or 0)))
             selected.append(cut_after(model, narrow.position) if narrow.position is not None else narrow)
     return selected
 

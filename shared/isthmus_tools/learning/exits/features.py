@@ -15,8 +15,8 @@ from isthmus.errors import LearningError
 from isthmus_tools.calibration.layouts import plane_layout
 from isthmus_tools.graph.exit_branch import TensorPool
 
-MAX_FEATURES = 1024
-"""Of a cut: the Gram matrix and its eigenvectors take 8 MB each, and the eigendecomposition a second."""
+MAX_FEATURES = 1280
+"""Of a cut: the Gram matrix and its eigenvectors take 13 MB each, and the eigendecomposition a second."""
 # Finer grids than 7 x 7 add features and no accuracy, as measured on digits after one and two blocks.
 _MAX_CELLS = 7
 _MAX_RANK = 4
@@ -32,12 +32,16 @@ def pools_for(specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> list[
     if not usable:
         names = ", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in specs)
         raise LearningError(f"nothing at this cut can be pooled: {names}")
-    # In equal parts: a narrow tensor beside a wide tensor is often the more telling.
-    budget = MAX_FEATURES // len(usable)
-    pools = [_pool(spec, arrays[spec.name], budget) for spec in usable]
-    if (width := sum(pool.width for pool in pools)) > MAX_FEATURES:
+    pools: dict[str, TensorPool] = {}
+    left_over = MAX_FEATURES
+    # Small tensors first, such as masks, so that the large ones share what is left of the features.
+    for index, spec in enumerate(sorted(usable, key=lambda spec: arrays[spec.name].size)):
+        pools[spec.name] = _pool(spec, arrays[spec.name], left_over // (len(usable) - index))
+        left_over -= pools[spec.name].width
+    if left_over < 0:
+        width = MAX_FEATURES - left_over
         raise LearningError(f"the cut has {width} features even as means; at most {MAX_FEATURES} are fitted")
-    return pools
+    return [pools[spec.name] for spec in usable]
 
 
 def features_of(pools: Sequence[TensorPool], arrays: Mapping[str, Array]) -> Array:
@@ -54,6 +58,8 @@ def pooled(pool: TensorPool, array: Array) -> Array:
     # Vectors have no places to take means over.
     if x.ndim == 2:
         return x if pool.columns is None else x @ pool.columns
+    if pool.magnitudes:
+        x = np.concatenate([x, np.abs(x)], axis=1)
     cells = x.mean(axis=tuple(range(2, x.ndim)), dtype=np.float32)[..., None] if pool.columns is None else x
     if pool.columns is not None:
         cells = x @ pool.columns
@@ -80,14 +86,22 @@ def _pool(spec: TensorSpec, array: Array, budget: int) -> TensorPool:
     channels_last = plane_layout(array).channel_axis != 1
     x = np.moveaxis(array, -1, 1) if channels_last else array
     declared = [*spec.shape[1:-1]] if channels_last else [*spec.shape[2:]]
-    channels, places = x.shape[1], x.shape[2:]
+    # Means of values and magnitudes span means behind a ReLU, which tell more than those before it.
+    magnitudes = float(x.min()) < 0 and 2 * 4 * x.shape[1] <= budget
+    channels, places = (1 + magnitudes) * x.shape[1], x.shape[2:]
     # A free size has no fixed cells: then means over all places alone.
     is_fixed = all(isinstance(size, int) for size in declared)
     if array.ndim == 4:
         side = _side(channels, min(places), budget) if is_fixed else 0
         rows, columns = (_cells(places[0], side).T.copy(), _cells(places[1], side)) if side else (None, None)
         return TensorPool(
-            spec.name, spec.dtype, channels * max(1, side) ** 2, rows=rows, columns=columns, channels_last=channels_last
+            spec.name,
+            spec.dtype,
+            channels * max(1, side) ** 2,
+            rows=rows,
+            columns=columns,
+            channels_last=channels_last,
+            magnitudes=magnitudes,
         )
     # Sequences: the first token may summarise the text, time series have peaks.
     parts = budget // channels
@@ -102,6 +116,7 @@ def _pool(spec: TensorSpec, array: Array, budget: int) -> TensorPool:
         width,
         columns=columns,
         channels_last=channels_last,
+        magnitudes=magnitudes,
         extremes=extremes,
         first=first,
     )

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from isthmus_tools.budget import Budget
     from isthmus_tools.graph.exporting import ModelInputs
+    from isthmus_tools.learning.exits.head import ExitRisk
     from isthmus_tools.learning.training.config import TrainingPlace, read_config
     from isthmus_tools.progress import Progress
     from isthmus_tools.usecases.batch import BatchRequest, BatchResult, classify_photos
     from isthmus_tools.usecases.calibrate import CalibrateRequest, CalibrateResult, calibrate
     from isthmus_tools.usecases.compress import CompressRequest, CompressResult, compress
     from isthmus_tools.usecases.cut import CutList, CutRequest, CutResult, cut, list_cuts
+    from isthmus_tools.usecases.exits import ExitsRequest, ExitsResult, exits
     from isthmus_tools.usecases.function_urls import FunctionUrls
     from isthmus_tools.usecases.local_functions import local_functions
     from isthmus_tools.usecases.local_model import LocalModel
@@ -45,6 +47,7 @@ _NAMES = {
     "usecases.calibrate": ("CalibrateRequest", "CalibrateResult", "calibrate"),
     "usecases.compress": ("CompressRequest", "CompressResult", "compress"),
     "usecases.cut": ("CutList", "CutRequest", "CutResult", "cut", "list_cuts"),
+    "usecases.exits": ("ExitsRequest", "ExitsResult", "exits"),
     "usecases.function_urls": ("FunctionUrls",),
     "usecases.local_functions": ("local_functions",),
     "usecases.local_model": ("LocalModel",),
@@ -60,6 +63,7 @@ _NAMES = {
     "usecases.trigger": ("PartCheck", "TriggerRequest", "check_trigger", "run_trigger"),
     "usecases.verify": ("VerifyRequest", "VerifyResult", "verify"),
     "graph.exporting": ("ModelInputs",),
+    "learning.exits.head": ("ExitRisk",),
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = [
@@ -73,6 +77,9 @@ __all__ = [
     "CutList",
     "CutRequest",
     "CutResult",
+    "ExitRisk",
+    "ExitsRequest",
+    "ExitsResult",
     "FunctionUrls",
     "ImportRequest",
     "LocalModel",
@@ -103,6 +110,7 @@ __all__ = [
     "classify_photos",
     "compress",
     "cut",
+    "exits",
     "import_model",
     "list_cuts",
     "local_functions",

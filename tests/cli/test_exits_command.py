@@ -12,7 +12,7 @@ import pytest
 from msgspec import structs
 
 from isthmus.artifacts.bundle import Bundle
-from isthmus.artifacts.fusion import Fusion
+from isthmus.artifacts.fusion import Fusion, FusionGain
 from isthmus.artifacts.gate import EXIT_CONFIDENCE, EXIT_SCORES
 from isthmus.artifacts.segment_id import SegmentId
 from isthmus.registry import FolderStore, Registry
@@ -22,6 +22,20 @@ from support.bundles import Published, pair_model, publish
 from support.cli import document, isthmus, refusal
 from support.digits import TRAINED, digits, publish_digits, write_digits
 from support.executors import executor_of
+
+FUSION = Fusion(
+    cut="1",
+    output="scores",
+    kind="log_odds",
+    output_kind="logits",
+    exit_weights=(0.5,),
+    model_weights=(0.5,),
+    scale=1.0,
+    target="labels",
+    codec="raw",
+    penalty=0.1,
+    gain=FusionGain(500, 0.97, 0.98, 5, 0, 0.001, 0.02),
+)
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +131,13 @@ def test_named_cuts_are_added_and_exits_of_other_cuts_stay(
 ) -> None:
     folder = Path(shutil.copytree(fitted[0].folder, tmp_path / "registry"))
     registry = Registry(FolderStore(folder))
-    fused = structs.replace(registry.resolve("digits").bundle, fusion=Fusion("1", "scores", 0.5, 0.5, 500))
+    fused = structs.replace(registry.resolve("digits").bundle, fusion=FUSION)
     registry.publish(fused, {}, alias="prod")
     told = document(run(folder, held_out, "--cut", "2", "--json"))
     bundle = latest(folder)
     assert {each.cut for each in bundle.exits} == {"1", "2"}
     assert {"..2", "2.."} <= bundle.segments.keys()
+    assert told["alias_moved"]
     assert [c["cut"] for c in told["candidates"]] == ["2"]
     assert bundle.fusion == fused.fusion
     # Weights of a fusion are for the scores of one exit.
@@ -136,9 +151,17 @@ def test_the_table_names_every_candidate(registry: Path, held_out: Path) -> None
     assert "risk: accuracy, at most 2.00% of requests" in told.stdout
     assert "3: no exit, other cuts spare more work" in told.stdout
     assert "digits:2 sha256:" in told.stdout
+    assert "clear requests end at the default cut 1" in told.stdout
     (only,) = latest(registry).exits
     assert only.gate is not None
     assert (only.gate.risk, only.gate.confidence) == ("accuracy", 0.9)
+    # An exit that is right where the model is wrong differs, and does not fail.
+    assert only.gate.differing is not None
+    assert only.gate.differing > only.gate.failing
+    shown = isthmus("show", "digits", "--registry", registry).stdout
+    assert f"exit at 1: {only.gate.share:.1%} of 500 held-out inputs; at most {only.gate.bound:.2%} of" in shown
+    told = document(isthmus("show", "digits", "--registry", registry, "--json"))
+    assert told["exits"][0]["gate"]["failing"] == only.gate.failing
 
 
 def test_inputs_to_fit_may_be_others_and_labels_are_not_needed(registry: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from isthmus_tools.cli.options import (
 if TYPE_CHECKING:
     from isthmus_tools.learning.exits.fit import ExitCandidate, FittedExits
     from isthmus_tools.learning.exits.measurement import MeasuredShare
+    from isthmus_tools.usecases.exits import ExitsResult
 
 _NO_FIGURE = "-"
 
@@ -136,7 +137,22 @@ def exits(
             f"{version.name}:{version.version} {version.digest[:19]}… with {count} exit{'s'[: count != 1]}"
             f" ({format_size(size)})"
         )
+        say(_taken_text(result))
         show_publication(result.publication, registry)
+
+
+def _taken_text(result: ExitsResult) -> str:
+    """Who takes the exits: a route needs one at its first cut."""
+    name = result.publication.version.name
+    cuts = [branch.segment.id.start for branch, _ in result.fitted.published]
+    if result.publication.plan:
+        return f"requests take the way of the plan; isthmus plan {name} … weighs the exits"
+    if result.default_cut in cuts:
+        return f"clear requests end at the default cut {result.default_cut}; isthmus plan {name} … weighs the exits"
+    return (
+        f"no request takes an exit yet: isthmus plan {name} … weighs them, and isthmus cut {name} --cut {cuts[0]}"
+        " --default makes the first what requests take"
+    )
 
 
 def _show(fitted: FittedExits, risk: Any) -> None:

@@ -18,7 +18,7 @@ from isthmus_tools.cli.models import cuts_text
 from isthmus_tools.cli.options import DEFAULT_REGISTRY, AsJson, RegistryOption, in_registry, registry_settings
 
 if TYPE_CHECKING:
-    from isthmus.artifacts.bundle import Bundle
+    from isthmus.artifacts.bundle import Bundle, Exit
     from isthmus_tools.usecases.versions import VersionSummary
 
 
@@ -74,6 +74,7 @@ def _document(version: VersionSummary) -> dict[str, Any]:
         "variants": [builtins(each) for each in bundle.variants],
         "calibrated": list(version.calibrated),
         "leak": list(version.leak),
+        "exits": [builtins(each) for each in bundle.exits],
         "plan": version.plan,
         "fusion": _fusion(bundle),
         "redaction": "" if bundle.redaction is None else bundle.redaction.sentence(),
@@ -114,6 +115,8 @@ def _show(version: VersionSummary) -> None:
         )
     if version.leak:
         say(f"what leaks: measured {cuts_text(version.leak)}")
+    for branch in bundle.exits:
+        say(_exit_text(branch))
     say(f"calibrated: {cuts_text(version.calibrated)}; plan: {version.plan or 'none'}")
 
 
@@ -129,3 +132,14 @@ def _fusion(bundle: Bundle) -> str:
     except (TypeError, KeyError, msgspec.ValidationError):
         return ""
     return f"the sum of {', '.join(members)}: {gain.sentence()}"
+
+
+def _exit_text(each: Exit) -> str:
+    gate = each.gate
+    if gate is None:
+        return f"exit at {each.cut}: drafts tokens, {each.agreement:.0%} of held-out ones the model's"
+    counted = "other than the model's" if gate.risk == "disagreement" else "wrong where the model is right"
+    return (
+        f"exit at {each.cut}: {gate.share:.1%} of {gate.inputs:,} held-out inputs; at most {gate.bound:.2%} of requests"
+        f" exit with a class {counted}, with {gate.confidence:.4g} confidence"
+    )

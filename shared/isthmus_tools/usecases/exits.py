@@ -56,11 +56,12 @@ class ExitsRequest:
 
 @dataclass(frozen=True)
 class ExitsResult:
-    """The published version, all candidates, and whether there were labels."""
+    """The published version, all candidates, whether there were labels, and the first of the default cuts."""
 
     publication: Publication
     fitted: FittedExits
     labelled: bool
+    default_cut: str
 
 
 def exits(request: ExitsRequest, progress: Progress = silent) -> ExitsResult:
@@ -97,7 +98,8 @@ def exits(request: ExitsRequest, progress: Progress = silent) -> ExitsResult:
             raise _useless(model.name, fitted)
         progress("publishing")
         publication = _publish(registry, request, model, whole.path, cuts, fitted, Path(name))
-    return ExitsResult(publication, fitted, held_out.labels is not None)
+    default_cut = next(iter(model.bundle.default_cuts), "")
+    return ExitsResult(publication, fitted, held_out.labels is not None, default_cut)
 
 
 def _publish(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 
@@ -11,7 +12,9 @@ from isthmus_tools.graph.exit_branch import BranchWeights
 from isthmus_tools.learning.exits.confidence import MARGIN, choose_rule, share_at, temperature
 from isthmus_tools.learning.exits.ridge import RidgeSolver
 
-ACCURACY, DISAGREEMENT = "accuracy", "disagreement"
+RiskKind: TypeAlias = Literal["accuracy", "disagreement"]
+ACCURACY: Final = "accuracy"
+DISAGREEMENT: Final = "disagreement"
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class ExitRisk:
     is right.
     """
 
-    kind: str = DISAGREEMENT
+    kind: RiskKind = DISAGREEMENT
     limit: float = 0.01
     confidence: float = 0.95
 

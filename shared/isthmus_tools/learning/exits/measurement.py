@@ -16,7 +16,7 @@ from isthmus.runtime.ort_runner import OrtRunner
 from isthmus_tools.graph.exit_branch import BranchWeights, TensorPool
 from isthmus_tools.learning.exits.confidence import ConfidenceRule
 from isthmus_tools.learning.exits.features import features_of
-from isthmus_tools.learning.exits.head import ExitRisk
+from isthmus_tools.learning.exits.head import ACCURACY, ExitRisk
 from isthmus_tools.learning.exits.observation import ActivationObserver
 from isthmus_tools.learning.exits.threshold import choose_threshold, upper_bound
 from isthmus_tools.learning.labelled import LabelledData
@@ -85,13 +85,15 @@ class HeldOutExit:
             gate = Gate(
                 output=output,
                 threshold=threshold.threshold,
-                risk="accuracy" if risk.kind == "accuracy" else "disagreement",
+                risk=risk.kind,
                 limit=risk.limit,
                 confidence=confidence,
                 inputs=count,
                 exiting=threshold.exiting,
                 failing=threshold.failing,
                 bound=threshold.bound,
+                # A wrong exit beside a wrong model counts for the router's guard alone, which sees no labels.
+                differing=int((self.classes != model_classes)[exiting].sum()) if risk.kind == ACCURACY else None,
             )
         return MeasuredExit(
             agreement=MeasuredShare.of(self.classes == model_classes),

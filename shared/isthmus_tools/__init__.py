@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from isthmus_tools.usecases.cut import CutList, CutRequest, CutResult, cut, list_cuts
     from isthmus_tools.usecases.exits import ExitsRequest, ExitsResult, exits
     from isthmus_tools.usecases.function_urls import FunctionUrls
+    from isthmus_tools.usecases.fuse import FuseRequest, FuseResult, fuse
+    from isthmus_tools.usecases.fuse_members import FuseMembersRequest, FuseMembersResult, fuse_members
     from isthmus_tools.usecases.local_functions import local_functions
     from isthmus_tools.usecases.local_model import LocalModel
     from isthmus_tools.usecases.model_import import ImportRequest, import_model
@@ -49,6 +51,8 @@ _NAMES = {
     "usecases.cut": ("CutList", "CutRequest", "CutResult", "cut", "list_cuts"),
     "usecases.exits": ("ExitsRequest", "ExitsResult", "exits"),
     "usecases.function_urls": ("FunctionUrls",),
+    "usecases.fuse": ("FuseRequest", "FuseResult", "fuse"),
+    "usecases.fuse_members": ("FuseMembersRequest", "FuseMembersResult", "fuse_members"),
     "usecases.local_functions": ("local_functions",),
     "usecases.local_model": ("LocalModel",),
     "usecases.model_import": ("ImportRequest", "import_model"),
@@ -81,6 +85,10 @@ __all__ = [
     "ExitsRequest",
     "ExitsResult",
     "FunctionUrls",
+    "FuseMembersRequest",
+    "FuseMembersResult",
+    "FuseRequest",
+    "FuseResult",
     "ImportRequest",
     "LocalModel",
     "ModelInputs",
@@ -111,6 +119,8 @@ __all__ = [
     "compress",
     "cut",
     "exits",
+    "fuse",
+    "fuse_members",
     "import_model",
     "list_cuts",
     "local_functions",

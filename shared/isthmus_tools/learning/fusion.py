@@ -312,15 +312,17 @@ class _Search:
         Weights for each class have to be better by a standard error, since more weights overfit more.
         """
         rows = np.isin(self.folds, list(folds))
-        truth = self._data.truth[rows]
+        truth, target = self._data.truth[rows], self._data.target[rows]
+
+        def judged(recipe: FusionRecipe) -> tuple[FusionRecipe, Array, float]:
+            # Sums of thousands of classes are large: those of a recipe at a time.
+            sums = self.held_out(recipe, folds)[rows]
+            return recipe, sums.argmax(axis=1) != truth, float(((sums - target) ** 2).sum())
 
         def best(per_class: bool) -> tuple[FusionRecipe, Array]:
-            recipes = [FusionRecipe(kind, per_class, p) for kind, p in itertools.product(_KINDS, PENALTIES)]
-            sums = [self.held_out(recipe, folds)[rows] for recipe in recipes]
-            errors = [each.argmax(axis=1) != truth for each in sums]
-            squares = [float(((each - self._data.target[rows]) ** 2).sum()) for each in sums]
-            index = min(range(len(recipes)), key=lambda i: (int(errors[i].sum()), squares[i]))
-            return recipes[index], errors[index]
+            recipes = (FusionRecipe(kind, per_class, p) for kind, p in itertools.product(_KINDS, PENALTIES))
+            recipe, errors, _ = min(map(judged, recipes), key=lambda each: (int(each[1].sum()), each[2]))
+            return recipe, errors
 
         (single, single_errors), (many, many_errors) = best(False), best(True)
         saved = single_errors.astype(np.float64) - many_errors

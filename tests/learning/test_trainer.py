@@ -102,12 +102,15 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path: Path) -> N
     warnings: list[str] = []
     checkpoints = Checkpoints(tmp_path, 2, "x", warnings.append)
     for step in (1, 2, 3):
-        checkpoints.write(step, {"at": step})
+        checkpoints.write(step, {"at": torch.full((100,), float(step))})
     newest = max(tmp_path.iterdir())
+    # A bit of a weight, of which torch's archive says nothing.
     damaged = bytearray(newest.read_bytes())
-    damaged[-200] ^= 1
+    damaged[damaged.index(np.full(100, 3, np.float32).tobytes()) + 2] ^= 1
     newest.write_bytes(damaged)
-    assert checkpoints.latest() == {"at": 2}
+    state = checkpoints.latest()
+    assert state is not None
+    assert state["at"].unique().tolist() == [2.0]
     assert len(warnings) == 1
     assert f"{newest} is damaged" in warnings[0]
     assert len(list(tmp_path.iterdir())) == 2

@@ -97,6 +97,12 @@ def test_a_version_is_better_only_beyond_chance(better: int, worse: int, is_bett
     assert (comparison.better_groups, comparison.worse_groups) == (better, worse)
 
 
+def test_a_few_samples_make_no_better_macro_f1() -> None:
+    comparison = pair(5, 0, count=20, metric="macro_f1")
+    assert comparison.difference.low > 0
+    assert "differs from version 3 on 5 held-out groups, 5 of them for the better" in comparison.reason
+
+
 def test_an_equal_version_is_better_by_chance_at_most_as_often_as_stated() -> None:
     promoted = 0
     for seed in range(60):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -198,6 +199,17 @@ def test_options_that_make_no_sense_are_refused(
     options: tuple[str, ...], message: str, tmp_path: Path, data: Path
 ) -> None:
     assert message in refused(configured(tmp_path, data), *options)["error"]
+
+
+def test_a_machine_without_torch_is_told_before_anything_is_collected(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else find(name, *rest))
+    config = configured(tmp_path, data)
+    assert refused(config)["hint"] == 'pip install "isthmus_tools[torch]"'
+    assert not (tmp_path / "run").exists()
+    assert run(config, "--stage", "clean")["data"]["collected"] == 600
 
 
 def test_a_network_of_ones_own_is_trained_and_a_wrong_one_is_named(tmp_path: Path, data: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -101,6 +102,9 @@ class _TrainingRun:
             raise LearningError("--resume goes on with a run, and --fresh removes it: give one")
         if request.stage not in ("", *STAGES):
             raise LearningError(f"there is no stage {request.stage!r}; stages are {', '.join(STAGES)}")
+        # Before hours of collecting.
+        if request.stage not in ("collect", "clean") and importlib.util.find_spec("torch") is None:
+            raise LearningError("training needs torch", hint='pip install "isthmus_tools[torch]"', package="torch")
         checkpoints, finished = self._folder / "checkpoints", self._folder / "training.json"
         interrupted = checkpoints.is_dir() and any(checkpoints.iterdir()) and not finished.exists()
         if self._promote not in RULES:

@@ -161,9 +161,10 @@ def test_a_compressed_head_is_a_candidate_with_each_codec_and_the_agreement_of_i
 
 
 def test_a_head_that_agrees_too_rarely_is_refused_with_the_figure(tmp_path: Path) -> None:
-    published = with_variants(publish_photos(tmp_path), tmp_path, agreement=0.9)
+    published = with_variants(publish_photos(tmp_path), tmp_path, agreement=0.9, memory_bytes=777)
     with evaluated(published, max_cuts=1) as made:
         found = planned(made)
+    assert found["edge-small"].edge_memory_bytes == 777
     for name in ("split-6~small-raw", "edge-small"):
         assert found[name].refused == "90.0% of 200 predictions agree, of 99.0%"
 

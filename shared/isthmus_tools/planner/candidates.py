@@ -211,8 +211,11 @@ class CandidateSet(PlannedBundle):
             if not option.head:
                 return size(edge, segment)
             variant = next(each for each in self.bundle.variants_of(segment) if each.name == option.head)
-            # Measured as profiles measure segments: weights and the runtime's arena.
-            return variant.memory_bytes or edge.variant(variant.segment.graph.size, self._nodes(segment))
+            # Measured as by profiles, weights and the runtime's arena; but for other shapes where some are free.
+            is_fixed = all(isinstance(n, int) for spec in self.bundle.inputs for n in spec.shape)
+            if variant.memory_bytes and is_fixed:
+                return variant.memory_bytes
+            return max(variant.memory_bytes, edge.variant(variant.segment.graph.size, self._nodes(segment)))
 
         if option.kind == "edge":
             return edge_size(WHOLE), 0

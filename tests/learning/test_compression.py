@@ -301,3 +301,23 @@ def test_sampled_features_times_the_weights_are_what_the_convolution_gives(
     x, y = sampled(source, target, layer, 10_000, (0, 0))
     assert len(x) == 2 * np.prod(target.shape[2:])
     np.testing.assert_allclose(x @ np.vstack([layer.matrix, bias]), y, atol=1e-4)
+
+
+def test_a_distilled_head_is_nearer_to_the_head_than_the_pruned_one(subject: HeadSubject, tmp_path: Path) -> None:
+    distillation = pytest.importorskip("isthmus_tools.learning.compression.distillation")
+    pruned = ChannelPruner(subject).prune(0.6, tmp_path / "pruned.onnx", repair=False)
+    path, steps = distillation.distil(subject, pruned.path, tmp_path / "distilled.onnx", steps=20)
+    again, _ = distillation.distil(subject, pruned.path, tmp_path / "again.onnx", steps=20)
+    inputs = {"x": np.random.default_rng(6).standard_normal((1, 3, 12, 12)).astype(np.float32)}
+    whole, before, after = (subject.runner(p).run(inputs)["a6"] for p in (subject.graph, pruned.path, path))
+    assert steps > 0
+    assert np.square(after - whole).sum() < np.square(before - whole).sum()
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_operators_that_distillation_does_not_know_are_named(tmp_path: Path) -> None:
+    torch_graph = pytest.importorskip("isthmus_tools.graph.torch_graph")
+    nodes = [helper.make_node("Softmax", ["x"], ["s"]), helper.make_node("Sin", ["s"], ["y"])]
+    model = save(tmp_path / "odd.onnx", nodes, [value("x", 1, 4)], [value("y", 1, 4)], [])
+    with pytest.raises(ModelError, match="does not know the operators Sin, Softmax"):
+        torch_graph.TorchGraph(EditableGraph(model).model)

@@ -55,6 +55,8 @@ class EditableGraph:
         self.model = ir.load(path)
         self._path = path
         self._nodes = {str(node.name): node for node in self.model.graph}
+        self.outputs_left: dict[str, Sequence[int]] = {}
+        """The output channels that are left of layers that lost some."""
 
     @cached_property
     def groups(self) -> tuple[list[ChannelGroup], dict[str, str]]:
@@ -115,10 +117,15 @@ class EditableGraph:
         if bias is not None and node.op_type != "MatMul":
             self._set(node, 2, bias.astype(weight.dtype))
 
+    def set_constant(self, name: str, index: int, array: Array) -> None:
+        """Replace a constant input of a node."""
+        self._set(self._nodes[name], index, array)
+
     def remove(self, group: ChannelGroup, kept: Sequence[int]) -> None:
         """Leave only the channels `kept` of a group."""
         for name in group.producers:
             node = self._nodes[name]
+            self.outputs_left[name] = kept
             self._take(node, 1, _output_axis(node), kept)
             bias = constant_of(node, 2)
             if bias is not None and bias.size == group.channels:

@@ -118,6 +118,19 @@ def _prune_int8(workshop: Workshop) -> list[GraphCandidate]:
     ]
 
 
+def _distil(workshop: Workshop) -> list[GraphCandidate]:
+    # Imports torch, in seconds.
+    from isthmus_tools.learning.compression.distillation import distil
+
+    candidates = []
+    for name, head in workshop.pruned_heads():
+        place = workshop.place(f"{name}-distilled")
+        path, steps = distil(workshop.subject, head.path, place / "distilled.onnx", workshop.progress)
+        method = f"{_pruning(head)}; {steps} steps of distillation"
+        candidates.append(GraphCandidate(f"{name}-distilled", method, path, head.macs))
+    return candidates
+
+
 def _pruning(head: PrunedHead) -> str:
     return f"{head.kept} of {head.channels} channels left, the layers behind refit"
 
@@ -128,4 +141,5 @@ METHODS: Mapping[str, Callable[[Workshop], list[GraphCandidate]]] = {
     "weights-int4": _weights(4),
     "prune": _prune,
     "prune-int8": _prune_int8,
+    "distil": _distil,
 }

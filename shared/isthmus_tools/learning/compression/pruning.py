@@ -212,6 +212,9 @@ class ChannelPruner:
                 layer, target = layers[consumer.node], expected[targets[consumer.node]]
                 if (pair := wanted[consumer.node]) is not None:
                     target = target - now[pair[1]]
+                # A gate's last layer belongs to a group whose channels went before.
+                if (left := graph.outputs_left.get(consumer.node)) is not None:
+                    target = np.take(target, left, axis=1 if layer.geometry.kernel else -1)
                 sums = folds[consumer.node][index * 2 // len(samples)]
                 count = -(-max(_MIN_SAMPLES, _SAMPLES_PER_FEATURE * len(layer.matrix)) // len(samples))
                 x, y = sampled(now[consumer.source], target, layer, count, seed=(index, number))

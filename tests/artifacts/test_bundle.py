@@ -164,6 +164,7 @@ def test_exits_variants_and_fusion_survive_the_manifest_and_their_graphs_are_its
         ({"fusion": replace(FUSION, output="other")}, "fusion of the output 'other', and its exit is of 'scores'"),
         ({"fusion": replace(FUSION, model_weights=(0.5, 0.5, 0.5))}, "fusion of 1 and 3 weights for 3 classes"),
         ({"fusion": replace(FUSION, exit_weights=(1.0, 1.0), model_weights=(1.0, 1.0))}, "2 and 2 weights for 3"),
+        ({"outputs": (replace(SCORES, shape=("batch", 3, 7)),)}, "which is no table of scores"),
         ({"fusion": replace(FUSION, gain=replace(GAIN, better=600))}, "turned more predictions than"),
         ({"variants": (VARIANT, VARIANT)}, "two variants of one name"),
         ({"variants": (replace(VARIANT, segment=BUNDLE.segment_list[0]),)}, "is no variant of"),

@@ -438,7 +438,7 @@ def _check_fusion(bundle: Bundle, fusion: Fusion) -> None:
     if gate.output != fusion.output:
         raise ValueError(f"has a fusion of the output {fusion.output[:80]!r}, and its exit is of {gate.output[:80]!r}")
     spec = next(spec for spec in bundle.outputs if spec.name == fusion.output)
-    fusion.check(spec.shape[1] if len(spec.shape) > 1 else "")
+    fusion.check(spec.shape)
 
 
 def _check_gate(bundle: Bundle, each: Exit) -> None:

@@ -78,14 +78,16 @@ class Fusion(Struct, frozen=True, forbid_unknown_fields=True):
         """The fusion and its gain, for people."""
         return f"fuses exit and model where a request does not exit at {self.cut}: {self.gain.sentence()}"
 
-    def check(self, classes: int | str) -> None:
-        """Rules between fields; `classes` is the output's number of classes, a text where that is free.
+    def check(self, shape: tuple[int | str, ...]) -> None:
+        """Rules between fields; `shape` is the output's.
 
         Raises:
             ValueError: names the broken rule.
         """
+        if len(shape) < 2 or any(size != 1 for size in shape[2:]):
+            raise ValueError(f"has a fusion of {self.output[:80]!r}, which is no table of scores (batch, classes)")
         lengths = {len(self.exit_weights), len(self.model_weights)}
-        if len(lengths) > 1 or (lengths != {1} and isinstance(classes, int) and lengths != {classes}):
-            raise ValueError(f"has a fusion of {min(lengths)} and {max(lengths)} weights for {classes} classes")
+        if lengths not in ({1}, {shape[1]}):
+            raise ValueError(f"has a fusion of {min(lengths)} and {max(lengths)} weights for {shape[1]} classes")
         if self.gain.better + self.gain.worse > self.gain.inputs:
             raise ValueError("has a fusion that turned more predictions than it was measured on")

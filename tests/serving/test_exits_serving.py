@@ -253,6 +253,55 @@ def test_the_page_shows_where_a_photo_ended_and_the_full_model_beside_it(
     assert (text.count("<li>..6 on"), text.count("<li>6.. on")) == (2, 1)
 
 
+def test_another_route_goes_before_an_exit_that_is_not_sure(
+    plain: Published, router: Routers, tmp_path: Path, half: float, confidences: list[float]
+) -> None:
+    """The tail is away: an unsure photo takes the whole model at the edge, exact, whatever the setting allows."""
+    known = with_exit(plain, tmp_path, threshold=half, temperature=TEMPERATURE)
+    split = candidate("split-6-exit", "split", cuts=("6",), exit=planned_exit(0.9))
+    edge = candidate("edge-float", seconds=0.2)
+    plan = plan_for(known.bundle, split, candidates=(split, edge))
+    version = publish_plan(known.registry, known.bundle, {}, plan)
+    hops = ("local", f"http://127.0.0.1:{free_port()}")
+    client = router(known, hops, model=f"photos:{version.version}", exit_when_cut_off=True)
+    routes = {}
+    for seed, confidence in zip(SEEDS, confidences, strict=True):
+        answer = ask(client, seed, **({"Isthmus-Route": "split-6-exit"} if seed % 2 else {}))
+        route = answer.json["route"]
+        is_pinned = "pinned" if seed % 2 else "free"
+        routes[is_pinned, confidence >= half] = (route["name"], "exit" in route, bool(route.get("degraded")))
+    assert routes["pinned", True] == ("split-6-exit", True, False)
+    assert routes["pinned", False] == ("split-6-exit", False, True)
+    assert routes["free", False] == ("edge-float", False, False)
+    assert routes["free", True][2] is False
+
+
+def test_a_route_whose_requests_mostly_end_at_its_exit_is_taken_while_its_tail_is_away(
+    plain: Published, router: Routers, tmp_path: Path
+) -> None:
+    known = with_exit(plain, tmp_path, threshold=ALWAYS)
+    split = candidate("split-6-exit", "split", cuts=("6",), exit=planned_exit(0.9))
+    plan = plan_for(known.bundle, split, candidates=(split, candidate("edge-float", seconds=0.2)))
+    version = publish_plan(known.registry, known.bundle, {}, plan)
+    tail = create_segment_app(segment_settings(known, tmp_path / "tail"))
+    with served(tail) as url:
+        client = router(known, ("local", url), model=f"photos:{version.version}", hop_attempts=1)
+        assert until(lambda: all(each["loaded"] for each in ask_for_candidates(client)))
+    tail.extensions["isthmus"].close()
+
+    def is_open() -> bool:
+        # Of the full model alone, so that the tail is called.
+        pinned = {"Isthmus-Route": "split-6-exit", "Isthmus-Exit": "off", "X-Timeout": "2s"}
+        assert client.post("/", data=photo(), headers=pinned).status_code in (503, 504)
+        return client.get("/routes").json["hops"][1]["breaker"] == "open"
+
+    assert until(is_open)
+    assert {ask(client, seed).json["route"]["name"] for seed in range(5)} == {"split-6-exit"}
+    # Whoever asks for the full model gets it from the edge.
+    full = ask(client, **{"Isthmus-Exit": "off"}).json["route"]
+    assert (full["name"], "exit" in full) == ("edge-float", False)
+
+
 def test_a_plans_candidate_has_the_exit_that_it_names(
     plain: Published, functions: tuple[str, str], router: Routers, tmp_path: Path
 ) -> None:
@@ -321,11 +370,11 @@ def test_the_branch_is_loaded_ahead_with_its_head(plain: Published, router: Rout
     assert metrics(client)["isthmus_loaded_segments", ()] == 2
     with served(app) as head:
         warm = router(known, (head, head))
-        assert until(lambda: state_of_loaded(warm))
+        assert until(lambda: ask_for_candidates(warm)[0]["loaded"])
         assert metrics(client)["isthmus_loaded_segments", ()] == 3
     app.extensions["isthmus"].close()
 
 
-def state_of_loaded(client: FlaskClient) -> bool:
+def ask_for_candidates(client: FlaskClient) -> Any:
     ask(client)
-    return bool(state(client)["loaded"])
+    return client.get("/routes").json["models"][0]["candidates"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from functools import partial
 
@@ -29,6 +30,8 @@ from isthmus.routing.state import ExitState, ModelState, RouterState
 from isthmus.routing.warming import Warming
 
 DEGRADED_HEADER = "Isthmus-Degraded"
+# Below it, in an outage behind an exit, more requests would run the head in vain than would end there.
+MIN_EARLY_SHARE = 0.5
 
 Attempt = Callable[[RouteCandidate, Context], Result]
 
@@ -195,8 +198,18 @@ class Dispatcher:
     def _answering(self, candidates: Sequence[RouteCandidate], *, loaded: frozenset[str]) -> Sequence[RouteCandidate]:
         """The candidates whose breakers allow a call; of these the loaded ones, if any."""
         allowed = {name for name, hop in self._hops.items() if hop.allows()}
-        answering = [c for c in candidates if allowed.issuperset(c.hops)]
-        return [c for c in answering if c.name in loaded] or answering
+        reached = {c.name for c in candidates if allowed.issuperset(c.hops)}
+        # Of a hop that is away nobody knows whether it has the segments behind the exit still in memory.
+        early = {c.name for c in candidates if c.name not in reached and self._ends_early(c, allowed)}
+        answering = [c for c in candidates if c.name in reached or c.name in early]
+        return [c for c in answering if c.name in loaded or c.name in early] or answering
+
+    def _ends_early(self, candidate: RouteCandidate, allowed: AbstractSet[str]) -> bool:
+        """Whether most requests of a candidate do without the hops behind its exit; the others take another route."""
+        if candidate.route.exit is None or candidate.hops[0] not in allowed:
+            return False
+        met = self._exit_state(candidate)
+        return met is not None and not met.closed and met.share >= MIN_EARLY_SHARE
 
     def _log_fallback(self, change: RouteChange) -> None:
         chosen, other, error = change.failed.name, change.candidate.name, change.error

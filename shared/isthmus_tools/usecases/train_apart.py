@@ -81,7 +81,7 @@ def serve_tail(request: ServeRequest, progress: Progress = silent) -> int:
     from isthmus_tools.learning.remote import training_settings
     from isthmus_tools.learning.split.run import cloud_side
 
-    side = cloud_side(request.config, fresh=request.fresh, on_step=lambda step: progress("training", step))
+    side = cloud_side(request.config, fresh=request.fresh, on_step=lambda step: progress(f"training, step {step}"))
     settings = training_settings(request.settings)
     with TrainingServer(settings, side.exchange, host=request.host, port=request.port) as server:
         request.on_url(server.url)

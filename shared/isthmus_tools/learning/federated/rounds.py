@@ -91,7 +91,7 @@ class Rounds:
     @property
     def all_told(self) -> bool:
         """Whether every node of the last round has the final weights."""
-        return self.is_over and set(self.records[-1].examples if self.records else ()) <= self._told
+        return self.is_over and bool(self.records) and set(self.records[-1].examples) <= self._told
 
     @property
     def nodes(self) -> tuple[str, ...]:

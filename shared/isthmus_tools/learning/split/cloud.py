@@ -112,6 +112,7 @@ class CloudSide:
     ) -> None:
         self._make, self._terms, self._options, self._checkpoints = make, terms, options, checkpoints
         self._on_step = on_step
+        self._device = torch.device(options.device)
         self._lock = threading.Lock()
         self._made: tuple[tuple[int, ...], CloudLayers] | None = None
         self._edge = ""
@@ -204,13 +205,13 @@ class CloudSide:
             size *= max(1, n)
         if not (0 < len(shape) <= 4 and min(shape) > 0 and size <= _MAX_INPUT and 2 <= classes <= _MAX_CLASSES):
             raise RequestMalformed(f"no network is made for inputs {shape[:8]} and {classes} classes")
-        return CloudLayers(self._make(shape, classes), self._options, max(1, steps))
+        return CloudLayers(self._make(shape, classes).to(self._device), self._options, max(1, steps))
 
     def _whole_step(self, frame: Frame, layers: CloudLayers) -> Frame:
         if self._terms.labels_stay:
             raise RequestMalformed("the labels stay at the edge in this training")
-        inputs = tensor_of(frame, ACTIVATIONS).requires_grad_()
-        targets, weights = tensor_of(frame, TARGETS), tensor_of(frame, ROW_WEIGHTS)
+        inputs = tensor_of(frame, ACTIVATIONS).to(self._device).requires_grad_()
+        targets, weights = (tensor_of(frame, name).to(self._device) for name in (TARGETS, ROW_WEIGHTS))
         layers.module.train()
         try:
             loss = weighted_loss(layers.module(inputs), targets, weights, self._options.label_smoothing)
@@ -221,7 +222,7 @@ class CloudSide:
         return self._applied(frame, layers, inputs, {LOSS: array_of(loss.reshape(1))})
 
     def _forward(self, frame: Frame, layers: CloudLayers) -> Frame:
-        inputs = tensor_of(frame, ACTIVATIONS).requires_grad_()
+        inputs = tensor_of(frame, ACTIVATIONS).to(self._device).requires_grad_()
         layers.module.train()
         outputs = layers.module(inputs)
         self._pending = (inputs, outputs)
@@ -231,7 +232,7 @@ class CloudSide:
         if self._pending is None:  # this side was started again between the two calls
             raise self._missing(self.step)
         inputs, outputs = self._pending
-        gradients = tensor_of(frame, GRADIENTS)
+        gradients = tensor_of(frame, GRADIENTS).to(self._device)
         outputs.backward(gradients)  # type: ignore[no-untyped-call]
         return self._applied(frame, layers, inputs, {})
 
@@ -258,7 +259,9 @@ class CloudSide:
     @torch.no_grad()
     def _predict(self, frame: Frame, layers: CloudLayers) -> Frame:
         layers.module.eval()
-        return self._reply(frame, {ACTIVATIONS: array_of(layers.module(tensor_of(frame, ACTIVATIONS)))})
+        return self._reply(
+            frame, {ACTIVATIONS: array_of(layers.module(tensor_of(frame, ACTIVATIONS).to(self._device)))}
+        )
 
     def _weights(self, frame: Frame, layers: CloudLayers) -> Frame:
         weights = layers.best or layers.module.state_dict()

@@ -140,19 +140,19 @@ class SplitComputation:
             loss = torch.tensor(float(reply.tensors[LOSS][0]) if LOSS in reply.tensors else float("nan"))
         else:
             # A leaf: gradients end here, and cross as a frame.
-            middle = tensor_of(self._call(FORWARD, crossing), ACTIVATIONS).requires_grad_()
+            middle = tensor_of(self._call(FORWARD, crossing), ACTIVATIONS).to(activations.device).requires_grad_()
             loss = weighted_loss(self._layers.end(middle), batch.targets, batch.weights, self._smoothing)
             loss.backward()  # type: ignore[no-untyped-call]
             gradients = torch.zeros_like(middle) if middle.grad is None else middle.grad
             reply = self._call(BACKWARD, {GRADIENTS: array_of(gradients)})
-        activations.backward(tensor_of(reply, GRADIENTS))
+        activations.backward(tensor_of(reply, GRADIENTS).to(activations.device))
         self.step = position_of(reply)
         return loss.detach()
 
     def scores(self, inputs: Tensor) -> Tensor:
         """See `Computation.scores`."""
         activations = array_of(self._layers.head(self._network.normalised(inputs)))
-        outputs = tensor_of(self._call(PREDICT, {ACTIVATIONS: activations}), ACTIVATIONS)
+        outputs = tensor_of(self._call(PREDICT, {ACTIVATIONS: activations}), ACTIVATIONS).to(inputs.device)
         scores: Tensor = outputs if self._layers.end is None else self._layers.end(outputs)
         return scores
 

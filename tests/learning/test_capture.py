@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from isthmus.errors import LearningError
+from isthmus.errors import BrokerUnavailable, LearningError
 from isthmus.events.brokers.mqtt import MqttPublisher
 from isthmus.events.configuration import MqttPlace, Seconds
 from isthmus.events.message import Message
@@ -81,6 +81,12 @@ def test_readings_are_labelled_by_their_topic_and_a_killed_capture_goes_on(broke
 def test_a_capture_without_messages_says_where_it_listened(broker: str, tmp_path: Path) -> None:
     source = MqttSource(url=broker, topic="silent/{label}", version="3.1.1", time=Seconds(0.2))
     with pytest.raises(LearningError, match=r"no message came from .* on silent/\{label\} within 0.2 s"):
+        capture([Capture(source, tmp_path, SETTINGS)])
+
+
+def test_a_broker_that_is_away_is_waited_for_within_the_time_alone(tmp_path: Path) -> None:
+    source = MqttSource(url=f"mqtt://127.0.0.1:{free_port()}", topic="a/{label}", version="3.1.1", time=Seconds(0.2))
+    with pytest.raises(BrokerUnavailable):
         capture([Capture(source, tmp_path, SETTINGS)])
 
 

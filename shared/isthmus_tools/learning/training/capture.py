@@ -124,7 +124,8 @@ def capture(captures: Sequence[Capture], progress: Progress = silent) -> None:
                 try:
                     deliveries = consumer.fetch(_FETCHED, _WAIT_S / len(waiting))
                 except BrokerUnavailable:
-                    if time.monotonic() - last_heard > _OUTAGE_S:
+                    now = time.monotonic()
+                    if now - last_heard > _OUTAGE_S or now - began >= each.source.time:
                         raise
                     continue
                 last_heard = time.monotonic()

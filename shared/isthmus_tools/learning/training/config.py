@@ -265,7 +265,8 @@ def read_config(path: Path, environment: dict[str, str]) -> TrainConfig:
             content = f.read(_MAX_BYTES + 1)
         text = content.decode()
     except (OSError, UnicodeDecodeError) as e:
-        raise LearningError(f"{path} cannot be read: {e}", file=str(path)) from e
+        why = e.strerror if isinstance(e, OSError) else "it is no text"
+        raise LearningError(f"{path} cannot be read: {why}", file=str(path)) from e
     if len(content) > _MAX_BYTES:
         raise LearningError(f"{path} has more than {_MAX_BYTES} bytes: it is no configuration", file=str(path))
     config = parse_config(text, environment, str(path))

@@ -69,13 +69,16 @@ def compressed(original: Published, data: Path, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def subject(original: Published, tmp_path_factory: pytest.TempPathFactory) -> HeadSubject:
-    folder, rng = tmp_path_factory.mktemp("subject"), np.random.default_rng(4)
-    arrays = rng.standard_normal((40, 1, 3, 12, 12)).astype(np.float32)
+    return subject_of(original, CUT, (1, 3, 12, 12), tmp_path_factory.mktemp("subject"))
+
+
+def subject_of(published: Published, cut: str, shape: tuple[int, ...], folder: Path) -> HeadSubject:
+    arrays = np.random.default_rng(4).standard_normal((40, *shape)).astype(np.float32)
     samples = store_samples((CalibrationInput("file", {"x": each}) for each in arrays), folder)
-    segment, tail = head_boundary(original.bundle, CUT)
-    with cache_of(original, folder / "cache").locate(original.digest, segment.id) as located:
+    segment, tail = head_boundary(published.bundle, cut)
+    with cache_of(published, folder / "cache").locate(published.digest, segment.id) as located:
         graph = standalone(located.path, folder / "segment.onnx")
-    executor = executor_of(original, folder / "cache")
+    executor = executor_of(published, folder / "cache")
     return HeadSubject(executor, segment, tail, graph, samples, Measure("top1", "scores"))
 
 
@@ -321,3 +324,34 @@ def test_operators_that_distillation_does_not_know_are_named(tmp_path: Path) -> 
     model = save(tmp_path / "odd.onnx", nodes, [value("x", 1, 4)], [value("y", 1, 4)], [])
     with pytest.raises(ModelError, match="does not know the operators Sin, Softmax"):
         torch_graph.TorchGraph(EditableGraph(model).model)
+
+
+def test_a_gate_loses_its_channels_with_those_that_it_scales(tmp_path: Path) -> None:
+    def conv(number: int, source: str, output: str) -> Any:
+        return helper.make_node("Conv", [source, f"w{number}"], [output])
+
+    nodes = [
+        conv(0, "x", "c"),
+        helper.make_node("Relu", ["c"], ["r"]),
+        helper.make_node("GlobalAveragePool", ["r"], ["p"]),
+        conv(1, "p", "s"),
+        helper.make_node("Relu", ["s"], ["t"]),
+        conv(2, "t", "u"),
+        helper.make_node("Sigmoid", ["u"], ["g"]),
+        helper.make_node("Mul", ["r", "g"], ["m"]),
+        conv(3, "m", "y"),
+    ]
+    shapes = {"w0": (32, 4, 1, 1), "w1": (16, 32, 1, 1), "w2": (32, 16, 1, 1), "w3": (4, 32, 1, 1)}
+    weights = [weight(name, *shape) for name, shape in shapes.items()]
+    model = save(tmp_path / "gated.onnx", nodes, [value("x", 1, 4, 6, 6)], [value("y", 1, 4, 6, 6)], weights)
+    folder = tmp_path / "subject"
+    folder.mkdir()
+    subject = subject_of(publish(tmp_path, model, {}), "", (1, 4, 6, 6), folder)
+    pruner = ChannelPruner(subject)
+    assert [(group.channels, len(group.producers)) for group in pruner.groups] == [(32, 2), (16, 1)]
+    repaired = pruner.prune(0.7, tmp_path / "repaired.onnx")
+    cut = pruner.prune(0.7, tmp_path / "cut.onnx", repair=False)
+    assert repaired.kept < 48
+    inputs = {"x": np.random.default_rng(7).standard_normal((1, 4, 6, 6)).astype(np.float32)}
+    whole, near, far = (subject.runner(path).run(inputs)["y"] for path in (subject.graph, repaired.path, cut.path))
+    assert np.square(near - whole).sum() < 0.8 * np.square(far - whole).sum()

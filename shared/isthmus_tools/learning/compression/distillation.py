@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import numpy as np
 
 from isthmus.arrays import Array
 from isthmus.errors import ModelError
+from isthmus_tools.calibration.boundary import BoundarySamples
 from isthmus_tools.graph.channel_edits import EditableGraph
 from isthmus_tools.graph.torch_graph import TorchGraph, torch_module
 from isthmus_tools.learning.compression.subject import HeadSubject
 from isthmus_tools.progress import Progress, silent
 
-# Refit weights are near a minimum: larger steps left it on EfficientNet-Lite0's head.
-_RATE = 1e-4
+# Small: refit weights are near a minimum of their own layers.
+_RATE = 3e-5
 MAX_STEPS, _BATCH = 240, 8
 # Every so many steps the samples that do not train are looked at; after as many looks without gain training ends.
 _LOOK_STEPS, _PATIENCE = 20, 4
@@ -33,7 +35,8 @@ def distil(
     """Train a graph in the head's place to give the head's boundary tensors; the file, and the steps of its weights.
 
     The loss is the mean squared difference over the mean square of each boundary tensor. A fifth of the samples do not
-    train: the weights are those that are best on these, the graph's own if none are better.
+    train: the weights are those that are best on these, the graph's own if none are better. `graph` is made of the
+    samples of `training_part` alone: those that it was fitted to would say too much for it.
 
     Raises:
         ModelError: torch is missing, does not know an operator, or computes another function than onnxruntime.
@@ -65,6 +68,12 @@ def distil(
     for (node, index), array in weights.items():
         edited.set_constant(node, index, array)
     return edited.save(out), best_step
+
+
+def training_part(subject: HeadSubject) -> HeadSubject:
+    """The subject with the samples that train."""
+    paths = subject.samples.paths
+    return replace(subject, samples=BoundarySamples(paths[: -max(1, len(paths) // _LOOKING)]))
 
 
 @contextmanager

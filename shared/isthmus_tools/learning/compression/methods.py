@@ -120,14 +120,16 @@ def _prune_int8(workshop: Workshop) -> list[GraphCandidate]:
 
 def _distil(workshop: Workshop) -> list[GraphCandidate]:
     # Imports torch, in seconds.
-    from isthmus_tools.learning.compression.distillation import distil
+    from isthmus_tools.learning.compression.distillation import distil, training_part
 
-    candidates = []
-    for name, head in workshop.pruned_heads():
-        place = workshop.place(f"{name}-distilled")
-        path, steps = distil(workshop.subject, head.path, place / "distilled.onnx", workshop.progress)
-        method = f"{_pruning(head)}; {steps} steps of distillation"
-        candidates.append(GraphCandidate(f"{name}-distilled", method, path, head.macs))
+    candidates, subject = list[GraphCandidate](), workshop.subject
+    pruner = ChannelPruner(training_part(subject), workshop.progress)
+    for share in workshop.spec.keep:
+        name = f"prune-{share:.0%}-distilled".replace("%", "")
+        place = workshop.place(name)
+        head = pruner.prune(share, place / "pruned.onnx")
+        path, steps = distil(subject, head.path, place / "distilled.onnx", workshop.progress)
+        candidates.append(GraphCandidate(name, f"{_pruning(head)}; {steps} steps of distillation", path, head.macs))
     return candidates
 
 

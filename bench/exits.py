@@ -21,13 +21,14 @@ from isthmus.arrays import Array
 from isthmus.artifacts.choice import PHOTO_ID
 from isthmus.artifacts.plan import Candidate, Coding, Terms
 from isthmus.context import Context
-from isthmus.pipeline import HttpHop, LocalHop, Result, Route, execute, photo_input, planned_route
+from isthmus.pipeline import HopReply, HttpHop, LocalHop, Result, Route, execute, photo_input, planned_route
 from isthmus.processing.image import sample_input
 from isthmus.processing.image_decoding import MAX_PIXELS
 from isthmus.registry import open_cache, open_registry
 from isthmus.runtime.store import SegmentStore
 from isthmus.runtime.tables import Tables
 from isthmus.settings import SegmentSettings
+from isthmus.wire.frame import Frame
 from isthmus_tools.learning.exits.threshold import choose_threshold
 from isthmus_tools.netem.process import link_to
 from isthmus_tools.profiling.slow_edge import EdgeWork, SlowEdge
@@ -37,12 +38,32 @@ RATES, ROUND_TRIP = (1e6, 10e6), 0.02
 # Of the codecs without calibration the one that plans take most often.
 CODEC = "int8/1"
 # Half of the requests choose, as a plan does, the other half are reported.
-REQUESTS, QUICK_REQUESTS, TRIES = 120, 30, 2
+REQUESTS, QUICK_REQUESTS, TRIES = 80, 30, 2
 SPLITS, HOLDING = 100, 95
 WORSE, BETTER, SAVING, LOST = 1.03, 1.5, 2.5, 0.005
 MAX_SAVING = 1000.0
 EDGE_ONLY, CLOUD_ONLY = "edge-only", "cloud-only"
 LONGEST_S = 60.0
+
+
+class WaitingHop:
+    """A hop to the cloud, and the seconds that this thread only waited for it: link, cloud, and no CPU of the edge."""
+
+    def __init__(self, inner: HttpHop) -> None:
+        self._inner, self.name, self.encodes = inner, inner.name, inner.encodes
+        self.waited_s = 0.0
+
+    def call(self, frame: Frame, context: Context) -> HopReply:
+        """See `Hop.call`."""
+        start, cpu = time.perf_counter(), time.thread_time()
+        try:
+            return self._inner.call(frame, context)
+        finally:
+            self.waited_s += time.perf_counter() - start - (time.thread_time() - cpu)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._inner.close()
 
 
 @dataclass(frozen=True)
@@ -238,7 +259,7 @@ def run(route: Route, arrays: Mapping[str, Array], photo: object = None) -> Resu
     return execute(route, arrays, Context.from_headers({}, longest_s=LONGEST_S), photo)  # type: ignore[arg-type]
 
 
-def split(network: ExitNetwork, cut: str, hops: tuple[LocalHop | HttpHop, ...], *, exits: bool) -> Way:
+def split(network: ExitNetwork, cut: str, hops: tuple[LocalHop | WaitingHop, ...], *, exits: bool) -> Way:
     """The split at a cut, with its exit or without."""
     codecs = {t.name: Coding(CODEC) for t in network.bundle.cuts[cut].tensors if t.dtype == "float32"}
     candidate = Candidate(f"split-{cut}", "split", Terms(), cuts=(cut,), codecs=codecs)
@@ -246,7 +267,7 @@ def split(network: ExitNetwork, cut: str, hops: tuple[LocalHop | HttpHop, ...], 
     return Way(f"exit-{cut}", found.route.with_exit(), candidate) if exits else found
 
 
-def way(network: ExitNetwork, name: str, candidate: Candidate, hops: tuple[LocalHop | HttpHop, ...]) -> Way:
+def way(network: ExitNetwork, name: str, candidate: Candidate, hops: tuple[LocalHop | WaitingHop, ...]) -> Way:
     """A candidate's route."""
     registry = open_registry(SETTINGS)
     tables = Tables(registry.bundle, registry.blob, MAX_PIXELS)
@@ -274,7 +295,7 @@ def measured(network: ExitNetwork, best: str, report: Report) -> list[Cell]:
         for rate in RATES:
             report.say(f"{network.task.name}: {count} requests each way at {rate / 1e6:g} Mbit/s")
             url = resources.enter_context(link_to(cloud.url, uplink_bps=rate, downlink_bps=rate, rtt_s=ROUND_TRIP))
-            hop = HttpHop(url, attempts=2, connect_timeout_s=5.0, max_reply_bytes=2**26)
+            hop = WaitingHop(HttpHop(url, attempts=2, connect_timeout_s=5.0, max_reply_bytes=2**26))
             resources.callback(hop.close)
             hops = (edge, hop)
             ways = [
@@ -283,7 +304,7 @@ def measured(network: ExitNetwork, best: str, report: Report) -> list[Cell]:
                 split(network, best, hops, exits=False),
                 *(split(network, each.cut, hops, exits=True) for each in network.bundle.exits),
             ]
-            cells.append(Cell(network.task.name, rate, costs_of(network, ways, cloud, hops, count)))
+            cells.append(Cell(network.task.name, rate, costs_of(network, ways, cloud, (edge, hop), count)))
     return cells
 
 
@@ -306,11 +327,11 @@ def compressed(network: ExitNetwork) -> Candidate:
 
 
 def costs_of(
-    network: ExitNetwork, ways: Sequence[Way], cloud: Process, hops: tuple[LocalHop | HttpHop, ...], count: int
+    network: ExitNetwork, ways: Sequence[Way], cloud: Process, hops: tuple[LocalHop, WaitingHop], count: int
 ) -> dict[str, list[Cost]]:
     """The requests of each way, each input by all ways in turn."""
     requests = {each.name: requester(network, each, hops) for each in ways}
-    work = SlowEdge(1.0, [cloud.process.pid]).work
+    work, hop = SlowEdge(1.0, [cloud.process.pid]).work, hops[1]
     costs: dict[str, list[Cost]] = {each.name: [] for each in ways}
     for each in ways:
         # Loads segments on both sides, and opens the connection; an input that exits would leave the tail out.
@@ -319,23 +340,25 @@ def costs_of(
     for index in range(count):
         turn = index % len(ways)
         for each in (*ways[turn:], *ways[:turn]):
-            tries = [timed(requests[each.name], index, work) for _ in range(TRIES)]
+            tries = [timed(requests[each.name], index, work, hop) for _ in range(TRIES)]
             # Other work on the machine only adds.
             costs[each.name].append(min(tries, key=lambda cost: cost.seconds))
     return costs
 
 
-def timed(request: Callable[[int], Result], index: int, work: Callable[[], EdgeWork]) -> Cost:
-    """One request, with the edge's CPU time multiplied."""
-    before, cpu = work().function_s, time.thread_time()
-    start = time.perf_counter()
+def timed(request: Callable[[int], Result], index: int, work: Callable[[], EdgeWork], hop: WaitingHop) -> Cost:
+    """One request: the CPU time of this thread, the edge, multiplied, and what it waited for link and cloud.
+
+    Other work on the machine takes CPUs from this thread, and so no wall time of the edge's own work counts.
+    """
+    before, waited, cpu = work().function_s, hop.waited_s, time.thread_time()
     result = request(index)
-    wall, edge_s = time.perf_counter() - start, time.thread_time() - cpu
-    seconds = wall + (SLOWDOWN - 1) * edge_s
-    return Cost(seconds, edge_s, work().function_s - before, result.link_bytes, result.is_early)
+    edge_s, waited_s = time.thread_time() - cpu, hop.waited_s - waited
+    cost = work().function_s - before
+    return Cost(SLOWDOWN * edge_s + waited_s, edge_s, cost, result.link_bytes, result.is_early)
 
 
-def requester(network: ExitNetwork, each: Way, hops: tuple[LocalHop | HttpHop, ...]) -> Callable[[int], Result]:
+def requester(network: ExitNetwork, each: Way, hops: tuple[LocalHop | WaitingHop, ...]) -> Callable[[int], Result]:
     """A function that serves one test input, from the photo's file on where there is one."""
     files, bundle = network.test.files, network.bundle
     encoded = photo_input(each.candidate, bundle, hops)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from isthmus.arrays import DTYPES, Array, restore_bfloat16
+from isthmus.artifacts.device import memory
 from isthmus.errors import RequestMalformed
 
 # A file's first bytes decide, not its suffix: np.load takes all other files for pickles.
@@ -29,6 +31,8 @@ def read(path: Path) -> Array | Mapping[str, Array]:
             if not start.startswith((_NPY, *_NPZ)):
                 raise ValueError("it is empty" if not start else "it is another kind of file")
             file.seek(0)
+            if start.startswith(_NPZ):
+                _check_unpacked(file)
             loaded = np.load(file, allow_pickle=False)
             content = loaded if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
     # On broken files numpy raises nearly anything: its own exceptions, zipfile's, zlib's and tokenize's.
@@ -68,6 +72,15 @@ def write_npz(path: Path, arrays: Mapping[str, Array]) -> None:
                     np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
     except OSError as e:
         raise RequestMalformed(f"{path} cannot be written: {e.strerror}", path=str(path)) from e
+
+
+def _check_unpacked(file: BinaryIO) -> None:
+    # Zeros are a thousandth of their size in an archive: a small file may fill the memory.
+    with zipfile.ZipFile(file) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > memory():
+        raise ValueError(f"it unpacks to {size} bytes, more than this machine's memory")
+    file.seek(0)
 
 
 def _carried(array: Array, subject: str) -> Array:

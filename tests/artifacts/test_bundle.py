@@ -127,6 +127,8 @@ BRANCH = Segment(
     (),
 )
 GATE = Gate("scores", 1.5, "disagreement", limit=0.01, confidence=0.9, inputs=1000, exiting=900, failing=4, bound=0.009)
+GRID = replace(SCORES, shape=("batch", 3, 7))
+GRID_BRANCH = replace(BRANCH, outputs=(replace(GRID, name=EXIT_SCORES), BRANCH.outputs[1]))
 VARIANT = SegmentVariant(
     Segment(SegmentId("", "a", "int8"), Blob("sha256:" + "4" * 64, 5), (), (), ()), "static int8", 0.99, 200
 )
@@ -164,7 +166,7 @@ def test_exits_variants_and_fusion_survive_the_manifest_and_their_graphs_are_its
         ({"fusion": replace(FUSION, output="other")}, "fusion of the output 'other', and its exit is of 'scores'"),
         ({"fusion": replace(FUSION, model_weights=(0.5, 0.5, 0.5))}, "fusion of 1 and 3 weights for 3 classes"),
         ({"fusion": replace(FUSION, exit_weights=(1.0, 1.0), model_weights=(1.0, 1.0))}, "2 and 2 weights for 3"),
-        ({"outputs": (replace(SCORES, shape=("batch", 3, 7)),)}, "which is no table of scores"),
+        ({"outputs": (GRID,), "exits": (Exit(GRID_BRANCH, 0.97, GATE),)}, "which is no table of scores"),
         ({"fusion": replace(FUSION, gain=replace(GAIN, better=600))}, "turned more predictions than"),
         ({"variants": (VARIANT, VARIANT)}, "two variants of one name"),
         ({"variants": (replace(VARIANT, segment=BUNDLE.segment_list[0]),)}, "is no variant of"),

@@ -393,7 +393,7 @@ def _check(bundle: Bundle) -> None:
     if unknown := [name for name in bundle.default_cuts if name not in bundle.cuts]:
         raise ValueError(f"has the default cut {unknown[0][:80]!r}, which is none of the bundle's cuts")
     for each in bundle.exits:
-        if each.segment.id.stop != each.cut or each.cut not in bundle.cuts:
+        if each.segment.id.stop != each.cut or each.segment.id.variant or each.cut not in bundle.cuts:
             raise ValueError(f"has the exit {each.segment.id!r}, which is no branch of one of the bundle's cuts")
     if len({each.cut for each in bundle.exits}) != len(bundle.exits):
         raise ValueError("has two exits of one cut")
@@ -402,6 +402,9 @@ def _check(bundle: Bundle) -> None:
     for variant in bundle.variants:
         if not variant.segment.id.variant or variant.segment.id.plain not in bundle.segments:
             raise ValueError(f"has {variant.segment.id!r}, which is no variant of one of the bundle's segments")
+        own, plain = variant.segment, bundle.segments[variant.segment.id.plain]
+        if not _types(own.inputs) <= _types(plain.inputs) or _types(own.outputs) != _types(plain.outputs):
+            raise ValueError(f"has {own.id!r}, whose tensors are not those of {plain.id!r}")
     if len({variant.segment.id for variant in bundle.variants}) != len(bundle.variants):
         raise ValueError("has two variants of one name")
     if bundle.fusion is not None:
@@ -448,6 +451,29 @@ def _check_gate(bundle: Bundle, each: Exit) -> None:
         raise ValueError(f"has an exit of the output {each.gate.output[:80]!r}, which the model does not have")
     if {spec.name for spec in each.segment.outputs} != {EXIT_SCORES, EXIT_CONFIDENCE}:
         raise ValueError(f"has an exit at {each.cut} with other outputs than {EXIT_SCORES} and {EXIT_CONFIDENCE}")
+    output = next(spec for spec in bundle.outputs if spec.name == each.gate.output)
+    expected = (
+        TensorSpec(EXIT_SCORES, output.dtype, output.shape),
+        TensorSpec(EXIT_CONFIDENCE, "float32", output.shape[:1]),
+    )
+    if not output.shape or _types(each.segment.outputs) != _types(expected):
+        raise ValueError(f"has an exit at {each.cut} whose outputs do not fit {output.name[:80]!r}")
+    crossing = _types(bundle.cuts[each.cut].tensors)
+    if not _types(each.segment.inputs) <= crossing:
+        raise ValueError(f"has an exit at {each.cut} that takes other tensors than those of the cut")
+    # Both would travel in one frame.
+    if {name for name, *_ in crossing} & {EXIT_SCORES, EXIT_CONFIDENCE}:
+        raise ValueError(f"has an exit at {each.cut}, where a tensor has a name of the exit's")
+    gate = each.gate
+    if not max(gate.failing, gate.differing or 0) <= gate.exiting <= gate.inputs:
+        raise ValueError(f"has an exit at {each.cut} with larger counts than it was measured on")
+
+
+def _types(specs: Iterable[TensorSpec]) -> set[tuple[str, str, tuple[int | None, ...]]]:
+    """Names, dtypes and shapes; free dimensions may have other names in another graph."""
+    return {
+        (each.name, each.dtype, tuple(size if isinstance(size, int) else None for size in each.shape)) for each in specs
+    }
 
 
 def _check_state(bundle: Bundle, state: State) -> None:

@@ -299,7 +299,7 @@ class _Execution:
         reply = hop.call(frame, context)
         tensors = _checked(reply.frame, frame, self._outputs_at(index, reply.frame), hop)
         if branch is not None:
-            self.exit = _outcome(branch, tensors, hop)
+            self.exit = _outcome(branch, tensors, arrays, hop)
         self.tensors.update(tensors)
         return SegmentRun(
             segment.id,
@@ -397,10 +397,10 @@ def _checked(reply: Frame, request: Frame, outputs: tuple[TensorSpec, ...], hop:
     return reply.tensors
 
 
-def _outcome(branch: ExitBranch, tensors: Mapping[str, Array], hop: Hop) -> ExitOutcome:
+def _outcome(branch: ExitBranch, tensors: Mapping[str, Array], inputs: Mapping[str, Array], hop: Hop) -> ExitOutcome:
     """The outcome at an exit, by the reply of the first segment's hop, which ran the branch too."""
     try:
-        return exit_outcome(branch, tensors, is_alone=len(tensors) == len(branch.segment.outputs))
+        return exit_outcome(branch, tensors, inputs, is_alone=len(tensors) == len(branch.segment.outputs))
     except ValueError as e:
         raise HopRejected(f"{hop.name} answered with {e}", hop=hop.name, status=200) from e
 

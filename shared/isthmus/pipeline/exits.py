@@ -16,7 +16,7 @@ from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle, Segment
 from isthmus.artifacts.gate import EXIT_CONFIDENCE, EXIT_SCORES, Gate
 from isthmus.artifacts.tensors import TensorSpec
-from isthmus.runtime.early_exit import is_sure
+from isthmus.runtime.early_exit import stands
 from isthmus.wire.frame import MAX_EXIT
 
 
@@ -26,6 +26,15 @@ class ExitBranch:
 
     segment: Segment
     gate: Gate
+    inputs: tuple[TensorSpec, ...] = ()
+    """The model's."""
+
+    def rows_of(self, inputs: Mapping[str, Array]) -> int | None:
+        """The rows of a request; None where no input at hand has the free dimension of the exit's rows."""
+        name = next(spec.shape[0] for spec in self.segment.outputs if spec.name == EXIT_CONFIDENCE)
+        # A fixed number of rows is checked with the shapes.
+        batches = [spec.name for spec in self.inputs if spec.shape[:1] == (name,) and isinstance(name, str)]
+        return next((len(inputs[each]) for each in batches if each in inputs), None)
 
     @property
     def cut(self) -> str:
@@ -65,17 +74,24 @@ def exit_branch(bundle: Bundle, cut: str) -> ExitBranch | None:
     found = next((each for each in bundle.exits if each.cut == cut), None)
     if found is None or found.gate is None or [spec.name for spec in bundle.outputs] != [found.gate.output]:
         return None
-    return ExitBranch(found.segment, found.gate)
+    return ExitBranch(found.segment, found.gate, bundle.inputs)
 
 
-def exit_outcome(branch: ExitBranch, tensors: Mapping[str, Array], is_alone: bool) -> ExitOutcome:
+def exit_outcome(
+    branch: ExitBranch, tensors: Mapping[str, Array], inputs: Mapping[str, Array], is_alone: bool
+) -> ExitOutcome:
     """The outcome by the tensors of the branch; `is_alone` says that the function sent no boundary tensors.
 
+    `inputs` are the head's, as far as they are at hand as arrays.
+
     Raises:
-        ValueError: the function sent none, and the early prediction is not sure.
+        ValueError: the function sent none, and the early prediction is not sure; or predictions of other rows.
     """
     confidence, threshold = tensors[EXIT_CONFIDENCE], branch.gate.threshold
-    is_taken = is_sure(confidence, threshold)
+    rows = branch.rows_of(inputs)
+    if rows is not None and rows != len(confidence):
+        raise ValueError(f"early predictions of {len(confidence)} rows, and the request has {rows}")
+    is_taken = stands(tensors, threshold)
     if is_alone and not is_taken:
         raise ValueError("an exit that is not sure, and no boundary tensors")
     least = float(np.min(confidence)) if confidence.size else float("nan")

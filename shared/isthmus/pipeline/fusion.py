@@ -73,6 +73,7 @@ def fused_output(fusion: Fusion, exit_scores: Array, output: Array) -> Array:
             for scores in (exit_scores, rows)
         ]
         total = fusion.scale * weighted_sum(members, [np.array(fusion.exit_weights), np.array(fusion.model_weights)])
-        fused = softmax(total) if is_shares else total
-        fused = np.where(np.isfinite(fused).all(axis=1, keepdims=True), fused, rows.astype(np.float64))
-    return np.asarray(fused.astype(output.dtype).reshape(output.shape))
+        # In the output's dtype, which is narrower: a finite sum may be infinite there.
+        fused = (softmax(total) if is_shares else total).astype(output.dtype)
+    fused = np.where(np.isfinite(fused).all(axis=1, keepdims=True), fused, rows)
+    return np.asarray(fused.reshape(output.shape))

@@ -37,6 +37,11 @@ def is_sure(confidence: Array, threshold: float) -> bool:
     return bool(confidence.size and sure_rows(confidence, threshold).all())
 
 
+def stands(early: Mapping[str, Array], threshold: float) -> bool:
+    """Whether the branch's answer is the result: every row is sure, and no score is NaN."""
+    return is_sure(early[EXIT_CONFIDENCE], threshold) and not np.isnan(early[EXIT_SCORES]).any()
+
+
 def branch_id(segment: str) -> SegmentId:
     """The id of the exit's branch at the end of a segment, or of a variant of the segment.
 
@@ -75,4 +80,4 @@ def run_exit(
     tensors = {**inputs, **outputs}
     early = branch.run({spec.name: tensors[spec.name] for spec in branch.segment.inputs if spec.name in tensors})
     seconds = time.perf_counter() - began
-    return (early if is_sure(early[EXIT_CONFIDENCE], threshold) else {**outputs, **early}), seconds
+    return (early if stands(early, threshold) else {**outputs, **early}), seconds

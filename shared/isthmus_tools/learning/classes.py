@@ -146,7 +146,7 @@ def read_label_file(path: Path) -> Array | list[Any] | dict[str, str]:
         # Spreadsheets begin a file with a byte order mark.
         with path.open(encoding="utf-8-sig", newline="") as file:
             return _by_file(list(csv.reader(file)))
-    except (OSError, ValueError, csv.Error) as e:
+    except (OSError, ValueError, RecursionError, csv.Error) as e:
         why = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
         raise LearningError(
             f"{path} cannot be read as labels: {why}",

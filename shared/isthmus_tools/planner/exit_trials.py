@@ -11,11 +11,11 @@ from msgspec import structs
 from isthmus.arrays import Array
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.fidelity import measure_for
-from isthmus.artifacts.gate import EXIT_CONFIDENCE, EXIT_SCORES, Gate
+from isthmus.artifacts.gate import EXIT_SCORES, Gate
 from isthmus.artifacts.plan import CloserLooks, Error, PlannedExit, PlannedLook
 from isthmus.pipeline.agreement import agrees, output_error
 from isthmus.routing.efficient import EXACT_ERROR
-from isthmus.runtime.early_exit import is_sure
+from isthmus.runtime.early_exit import stands
 from isthmus_tools.planner.costs import CallBytes
 from isthmus_tools.planner.evaluation import BranchRuns, Evaluation
 
@@ -68,7 +68,7 @@ class ExitTrial:
 def try_exit(bundle: Bundle, gate: Gate, runs: BranchRuns, further: Sequence[Mapping[str, Array]] = ()) -> ExitTrial:
     """The trial of a classifier's exit, by the runs of its branch; `further` are tensors for the share alone."""
     measure = measure_for(bundle, gate.output)
-    every = [is_sure(answer[EXIT_CONFIDENCE], gate.threshold) for answer in (*runs.answers, *further)]
+    every = [stands(answer, gate.threshold) for answer in (*runs.answers, *further)]
     exits = every[: len(runs.answers)]
     early = [{**e, gate.output: a[EXIT_SCORES]} for e, a in zip(runs.expected, runs.answers, strict=True)]
     pairs = list(zip(runs.expected, early, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from isthmus.files import write_whole
 from isthmus.registry import open_registry
 from isthmus.settings import RegistrySettings
 from isthmus_tools.learning.training.capture import Capture, capture
-from isthmus_tools.learning.training.cleaning import prepare
+from isthmus_tools.learning.training.cleaning import prepare, read_bounded
 from isthmus_tools.learning.training.config import ONE_PROCESS, FileSource, MqttSource, TrainConfig, TrainingPlace
 from isthmus_tools.learning.training.evaluation import HeldOutScores, PairedComparison, evaluate
 from isthmus_tools.learning.training.files import photo_steps, read_samples
@@ -138,7 +138,7 @@ class _TrainingRun:
         if self._is_cleaned():
             self.result.prepared = read_prepared(self._data_folder)
             return
-        raw = list(self._raw_samples())
+        raw = read_bounded(self._raw_samples(), self._config.data)
         self._progress("cleaning")
         config = self._config
         if classes := self._classes({sample.label for sample in raw}):
@@ -271,15 +271,13 @@ class _TrainingRun:
         sources = [source for source in self._config.data.sources if isinstance(source, MqttSource)]
         return [Capture(source, collected, self._request.registry) for source in sources]
 
-    def _raw_samples(self) -> Sequence[RawSample]:
-        samples: list[RawSample] = []
+    def _raw_samples(self) -> Iterator[RawSample]:
         for source in self._config.data.sources:
             if isinstance(source, FileSource):
                 collected = self._folder / "collected"
-                samples += read_samples(source, self._config.data, collected, self._request.registry, self._progress)
+                yield from read_samples(source, self._config.data, collected, self._request.registry, self._progress)
         for each in self._captures():
-            samples += each.samples()
-        return samples
+            yield from each.samples()
 
     def _is_cleaned(self) -> bool:
         """Whether the data of an interrupted run is there, and is to be used."""

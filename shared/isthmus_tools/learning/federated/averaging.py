@@ -17,6 +17,8 @@ from isthmus.errors import LearningError, ShapeMismatch
 Weights = Mapping[str, Array]
 # Sums of that many nodes' numbers stay within the whole numbers of a float64.
 MAX_EXAMPLES = 10**9
+# Between the largest weight and the end of its dtype's range.
+_HEADROOM = 1024
 STATISTICS = "input:"
 """Before the names of the inputs' statistics among the weights; no name of a weight has a colon."""
 
@@ -35,8 +37,11 @@ def check_update(update: NodeUpdate, weights: Weights) -> None:
 
     Raises:
         ShapeMismatch: other names, dtypes or shapes than the weights'.
-        LearningError: NaN or infinity, or a number of examples out of range.
+        LearningError: NaN or infinity, weights near the end of their dtype's range, or a number of examples out of
+            range.
     """
+    if not weights:
+        raise ShapeMismatch("there are no weights to average")
     if missing := sorted(set(weights) ^ set(update.change)):
         raise ShapeMismatch(f"the update lacks or adds {missing[0]!r}", tensor=missing[0])
     for name, array in update.change.items():
@@ -53,6 +58,14 @@ def check_update(update: NodeUpdate, weights: Weights) -> None:
                 f"{name} of the node {update.node} holds NaN or infinity",
                 hint="its training diverged: a lower learning rate",
             )
+        # Finite changes of a few rounds, with the server's momentum, may add up to infinity.
+        if array.dtype.kind == "f" and array.size:
+            largest = float(np.max(np.abs(np.asarray(weights[name], np.float64) + array)))
+            if largest > float(np.finfo(array.dtype).max) / _HEADROOM:
+                raise LearningError(
+                    f"{name} of the node {update.node} would become {largest:.3g}",
+                    hint="its training diverged: a lower learning rate",
+                )
     if not 1 <= update.examples <= MAX_EXAMPLES:
         raise LearningError(f"the node {update.node} has {update.examples} examples; 1 to {MAX_EXAMPLES} count")
 

@@ -82,6 +82,8 @@ class RoundsServer:
     def _join(self, weights: Weights, caller: str) -> Frame:
         with self._lock:
             if self.rounds is None:
+                # Before any node may get them: NaN of the first node would be the weights of all.
+                check_update(NodeUpdate(caller.partition(":")[0], 1, weights), weights)
                 self.rounds = self._make(weights)
             # Names, dtypes and shapes: a node with other inputs would fail in its first round.
             check_update(NodeUpdate(caller.partition(":")[0], 1, weights), self.rounds.weights)

@@ -34,6 +34,7 @@ from isthmus_tools.learning.split.messages import (
     SplitTerms,
     array_of,
     message,
+    number_of,
     numbers_of,
     position_of,
     tensor_of,
@@ -61,7 +62,18 @@ class CloudLayers:
         self.best: dict[str, Tensor] = {}
 
     def apply(self) -> None:
-        """Apply the gradients: an optimiser step."""
+        """Apply the gradients: an optimiser step.
+
+        Raises:
+            LearningError: a gradient is not finite; nothing is applied.
+        """
+        # Finite gradients of scores may overflow on their way back, and one such step would end all weights as NaN.
+        if not all(p.grad is None or torch.isfinite(p.grad).all() for p in self.parameters):
+            self._optimiser.zero_grad()
+            raise LearningError(
+                "the training diverged: gradients behind the cut are NaN or infinite",
+                hint="a lower training.rate, or a finer codec of gradients",
+            )
         if self._clip:
             # The norm of this side's gradients: the head's are not known yet.
             nn.utils.clip_grad_norm_(self.parameters, self._clip)
@@ -163,8 +175,8 @@ class CloudSide:
         position = position_of(frame)
         try:
             reply = operation(frame, layers)
-        except RuntimeError as e:
-            # torch raises this class for shapes that do not go together and for most other faults.
+        except (RuntimeError, ValueError, IndexError) as e:
+            # torch raises these for shapes and dtypes that do not go together, and for most other faults.
             raise ShapeMismatch(f"the layers behind the cut do not run on these tensors: {e}"[:500]) from e
         if frame.segment in (STEP, FORWARD, BACKWARD):
             self._last = (frame.segment, position, reply)
@@ -172,19 +184,19 @@ class CloudSide:
 
     def _join(self, frame: Frame) -> Frame:
         """Go back to the last checkpoint of both sides; the edge that joined last trains."""
-        facts = (*numbers_of(frame, INPUT_SHAPE), *numbers_of(frame, CLASSES), *numbers_of(frame, EPOCH_STEPS))
+        facts = (*numbers_of(frame, INPUT_SHAPE), number_of(frame, CLASSES), number_of(frame, EPOCH_STEPS))
         # An edge with other data begins anew: the schedule of rates depends on the number of steps.
-        if self._made is None or self._made[0] != facts:
-            self._made = (facts, self._layers(frame))
+        is_known = self._made is not None and self._made[0] == facts
+        layers = self._made[1] if self._made is not None and is_known else self._layers(frame)
         if not self._checkpoints.exist():
-            self._checkpoints.write(0, self._made[1].state())
+            self._checkpoints.write(0, layers.state())
         theirs, own = numbers_of(frame, CHECKPOINTS), self._checkpoints.steps()
         common = set(theirs) & set(own)
         if not common and 0 in theirs:
             # The edge begins anew. The state before the first step is of the seed, on both sides.
             self._checkpoints.remove()
-            self._made = (facts, self._layers(frame))
-            self._checkpoints.write(0, self._made[1].state())
+            layers = self._layers(frame)
+            self._checkpoints.write(0, layers.state())
             common = {0}
         if not common:
             raise LearningError(
@@ -193,19 +205,30 @@ class CloudSide:
                 edge=sorted(theirs),
                 cloud=own,
             )
-        self.step = max(common)
-        self._made[1].restore(self._checkpoints.read(self.step))
+        step = max(common)
+        try:
+            layers.restore(self._checkpoints.read(step))
+        except (RuntimeError, ValueError, KeyError) as e:
+            # Layers that are restored in part are made again by the next join.
+            self._made = None
+            raise LearningError(
+                "the checkpoints of the cloud's side are of other inputs or classes",
+                hint="start the cloud's side with --fresh to begin anew",
+                edge=list(facts),
+            ) from e
+        self.step, self._made = step, (facts, layers)
         self._edge, self._last, self._pending = frame.request, None, None
         return self._reply(frame, {})
 
     def _layers(self, frame: Frame) -> CloudLayers:
-        shape, (classes,), (steps,) = (numbers_of(frame, name) for name in (INPUT_SHAPE, CLASSES, EPOCH_STEPS))
+        shape, classes = numbers_of(frame, INPUT_SHAPE), number_of(frame, CLASSES)
         size = 1
         for n in shape:
             size *= max(1, n)
         if not (0 < len(shape) <= 4 and min(shape) > 0 and size <= _MAX_INPUT and 2 <= classes <= _MAX_CLASSES):
             raise RequestMalformed(f"no network is made for inputs {shape[:8]} and {classes} classes")
-        return CloudLayers(self._make(shape, classes).to(self._device), self._options, max(1, steps))
+        steps = max(1, number_of(frame, EPOCH_STEPS))
+        return CloudLayers(self._make(shape, classes).to(self._device), self._options, steps)
 
     def _whole_step(self, frame: Frame, layers: CloudLayers) -> Frame:
         if self._terms.labels_stay:

@@ -72,12 +72,15 @@ def tensor_of(frame: Frame, name: str) -> Tensor:
     """The tensor of that name, with memory of its own.
 
     Raises:
-        RequestMalformed: there is none, or NaN or infinity in the tensor.
+        RequestMalformed: there is none, NaN or infinity in the tensor, or its dtype is bfloat16.
     """
     if (array := frame.tensors.get(name)) is None:
         raise RequestMalformed(f"the frame {frame.segment!r} has no tensor {name!r}", tensor=name)
-    # A copy: the arrays of a frame are views of read-only bytes.
-    tensor = torch.from_numpy(array.copy())
+    try:
+        # A copy: the arrays of a frame are views of read-only bytes.
+        tensor = torch.from_numpy(array.copy())
+    except TypeError as e:  # numpy's bfloat16 is no dtype of torch's
+        raise RequestMalformed(f"{name} of the frame {frame.segment!r} is {array.dtype}", tensor=name) from e
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         raise RequestMalformed(
             f"{name} of the frame {frame.segment!r} hold NaN or infinity",
@@ -97,6 +100,18 @@ def numbers_of(frame: Frame, name: str) -> list[int]:
     if array is None or array.dtype != np.int64 or array.ndim != 1:
         raise RequestMalformed(f"the frame {frame.segment!r} has no int64 tensor {name!r} of one axis", tensor=name)
     return [int(number) for number in array]
+
+
+def number_of(frame: Frame, name: str) -> int:
+    """The only number of that name.
+
+    Raises:
+        RequestMalformed: there are none, or several.
+    """
+    numbers = numbers_of(frame, name)
+    if len(numbers) != 1:
+        raise RequestMalformed(f"{name} of the frame {frame.segment!r} are {len(numbers)} numbers, not 1", tensor=name)
+    return numbers[0]
 
 
 def position_of(frame: Frame) -> int:

@@ -166,8 +166,16 @@ def _entries(path: Path) -> Iterator[dict[str, Any]]:
     if not data.endswith(b"\n"):
         data = data[: data.rfind(b"\n") + 1]
         path.write_bytes(data)
-    for line in data.splitlines():
-        yield json.loads(line)
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            if not all(isinstance(entry[key], str) for key in ("id", "topic", "payload")):
+                raise TypeError("a value is no text")
+        except (ValueError, TypeError, KeyError) as e:
+            raise LearningError(
+                f"{path}, line {number} is damaged: {e}", file=str(path), hint="remove the line, or start with --fresh"
+            ) from e
+        yield entry
 
 
 def _readings(payload: str, place: str) -> list[Array]:
@@ -179,8 +187,11 @@ def _readings(payload: str, place: str) -> list[Array]:
             batch = np.array(tensor["data"], np.float32).reshape(tensor["shape"])
         else:
             batch = np.array(document, np.float32)[np.newaxis]
-    # ValueError: other JSON, ragged lists, another number of values than the shape's.
-    except (ValueError, TypeError, KeyError, RecursionError) as e:
+        # Without values, a shape of a few characters has any number of rows.
+        if batch.ndim < 2 or not batch.size:
+            raise ValueError(f"the shape {list(batch.shape)} is of no rows with values")
+    # ValueError: other JSON, ragged lists, another number of values than the shape's. OverflowError: huge integers.
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as e:
         raise LearningError(
             f"{place} holds no readings: {e}",
             place=place,

@@ -76,8 +76,8 @@ class Checkpoints:
         return None
 
     def steps(self) -> list[int]:
-        """The steps with a checkpoint, in order; damaged ones too."""
-        return [int(path.stem.removeprefix("step-")) for path in self._files()]
+        """The steps with a whole checkpoint, in order; each damaged file is warned of."""
+        return [int(path.stem.removeprefix("step-")) for path in self._files() if self._is_whole(path)]
 
     def read(self, step: int) -> State:
         """The state after `step` steps.
@@ -97,6 +97,14 @@ class Checkpoints:
         for path in self._files():
             path.unlink(missing_ok=True)
 
+    def _is_whole(self, path: Path) -> bool:
+        try:
+            _checked_body(path)
+        except (OSError, ValueError) as e:
+            self._warn(f"{path} is damaged, the checkpoint before it is taken: {e}")
+            return False
+        return True
+
     def _own_state(self, document: dict[str, Any], path: Path) -> State:
         if document["fingerprint"] != self._fingerprint:
             raise LearningError(
@@ -114,14 +122,18 @@ class Checkpoints:
         return sorted(p for p in self._folder.iterdir() if _NAME.fullmatch(p.name))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _checked_body(path: Path) -> bytes:
     # Whole: a checkpoint fits in memory, as the network does.
     data = path.read_bytes()
     header, _, body = data.partition(b"\n")
     if header != _MAGIC + hashlib.sha256(body).hexdigest().encode():
         raise ValueError("its checksum does not match")
+    return body
+
+
+def _read(path: Path) -> dict[str, Any]:
     # weights_only: tensors and plain values, no code.
-    document = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    document = torch.load(io.BytesIO(_checked_body(path)), map_location="cpu", weights_only=True)
     if not isinstance(document, dict) or not {"fingerprint", "state"} <= set(document):
         raise ValueError("it holds no state of a training run")
     return document

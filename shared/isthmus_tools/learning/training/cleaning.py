@@ -48,7 +48,7 @@ def prepare(config: TrainConfig, raw: Iterable[RawSample], earlier: Mapping[str,
             than `max_bytes`, a group in two parts, or a class without samples in a part.
     """
     report = _CleaningReport()
-    samples = _read_bounded(raw, config.data)
+    samples = read_bounded(raw, config.data)
     collected = len(samples)
     classes = _classes(samples, config.data.classes)
     for stage in (_without_missing, _without_flat, _of_one_shape, _without_duplicates):
@@ -76,8 +76,12 @@ def prepare(config: TrainConfig, raw: Iterable[RawSample], earlier: Mapping[str,
     return PreparedData(arrays, classes, statistics, config.data.input_name, document)
 
 
-def _read_bounded(raw: Iterable[RawSample], data: DataTable) -> list[RawSample]:
-    # While reading, before memory is full.
+def read_bounded(raw: Iterable[RawSample], data: DataTable) -> list[RawSample]:
+    """The samples, read up to the configuration's bound on their bytes, before memory is full.
+
+    Raises:
+        LearningError: more bytes than `max_bytes`.
+    """
     samples, size = [], 0
     for sample in raw:
         size += sample.values.nbytes

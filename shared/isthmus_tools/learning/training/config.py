@@ -19,6 +19,7 @@ from isthmus.artifacts.bundle import is_model_name
 from isthmus.artifacts.constraints import matching
 from isthmus.errors import ConfigurationMalformed, LearningError
 from isthmus.events.configuration import Bytes, Seconds, Text, decode_unit, fill_variables
+from isthmus.registry.aliases import is_alias
 
 # A configuration is a page; a larger file is a wrong path.
 _MAX_BYTES = 256 * 2**10
@@ -286,6 +287,8 @@ def parse_config(text: str, environment: dict[str, str], name: str = "train.toml
         config = msgspec.toml.decode(fill_variables(text, environment, name), type=TrainConfig, dec_hook=decode_unit)
     except ConfigurationMalformed as e:
         raise LearningError(e.message, hint=e.hint, **e.facts) from e
+    except RecursionError as e:
+        raise LearningError(f"{name} nests more deeply than a configuration does", file=name) from e
     except msgspec.DecodeError as e:  # of the syntax, or of a field, with its path
         raise LearningError(f"{name}: {e}", file=name, hint=_advice(str(e))) from e
     for holds, key, fault in _rules(config):
@@ -298,6 +301,9 @@ def _rules(config: TrainConfig) -> Iterator[tuple[bool, str, str]]:
     """Rules between fields and in texts: whether each holds, its key, and the fault otherwise."""
     data, network = config.data, config.network_name
     yield is_model_name(config.name), "name", f"is {config.name!r}; use 1 to 63 of a-z, 0-9, '.', '_' and '-'"
+    alias = config.publish.alias
+    # Before hours of training.
+    yield not alias or is_alias(alias), "publish.alias", f"is {alias[:80]!r}; an alias is a name, not only digits"
     yield len(set(data.classes)) == len(data.classes), "data.classes", "names a class twice"
     yield len(data.classes) != 1, "data.classes", "names one class; a classifier tells two or more apart"
     yield not data.hop or bool(data.length), "data.hop", "is of windows, and data.length does not give theirs"

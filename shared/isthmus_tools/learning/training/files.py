@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from isthmus.arrays import Array
+from isthmus.arrays import DTYPES, Array, restore_bfloat16
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import LearningError, RequestError
 from isthmus.processing.media import looks_like_image
@@ -27,6 +27,8 @@ from isthmus_tools.progress import Progress, silent
 
 # Beside the inputs in an .npz file.
 _LABELS, _GROUPS = "labels", "groups"
+# numpy's kinds of dtypes: bool, signed, unsigned, float.
+_NUMBERS = frozenset("biuf")
 _MISSING_TEXTS = frozenset(("", "?", "na", "nan", "null", "none"))
 
 
@@ -113,9 +115,10 @@ def _path_group(file: Path, root: Path, pattern: str) -> str:
         match = re.search(pattern, name)
     except re.error as e:
         raise LearningError(f"the group {pattern!r} is no regular expression: {e}", key="group") from e
-    if match is None:
+    group = None if match is None else match[1] if match.re.groups else match[0]
+    if group is None:
         raise LearningError(f"the group {pattern!r} is not in the path {name}", key="group", file=str(file))
-    return match[1] if match.re.groups else match[0]
+    return group
 
 
 def _arrays(file: Path) -> Iterator[RawSample]:
@@ -134,12 +137,22 @@ def _arrays(file: Path) -> Iterator[RawSample]:
         )
     # Any name: the configuration names the model's input.
     (inputs,) = arrays.values()
+    is_numeric = inputs.dtype.kind in _NUMBERS or inputs.dtype == DTYPES["bfloat16"]
+    if not is_numeric or inputs.ndim < 2:
+        raise LearningError(
+            f"{file} holds inputs of {inputs.dtype} {list(inputs.shape)}; they are numbers, a row for each input",
+            file=str(file),
+        )
     for name, each in ((_LABELS, labels), (_GROUPS, groups)):
-        if each is not None and len(each) != len(inputs):
-            raise LearningError(f"{file} holds {len(inputs)} inputs and {len(each)} {name}", file=str(file))
-    for i, row in enumerate(inputs):
+        if each is not None and each.shape != inputs.shape[:1]:
+            found = f"{len(each)} {name}" if each.ndim == 1 else f"{name} of shape {list(each.shape)}"
+            raise LearningError(f"{file} holds {len(inputs)} inputs and {found}", file=str(file))
+    # Values beyond float32 become infinite, which cleaning takes for missing.
+    with np.errstate(over="ignore"):
+        rows = inputs.astype(np.float32)
+    for i, row in enumerate(rows):
         group = f"{file.name}#{i}" if groups is None else str(groups[i])
-        yield RawSample(np.asarray(row, np.float32), str(labels[i]), group, f"{file}, row {i}")
+        yield RawSample(row, str(labels[i]), group, f"{file}, row {i}")
 
 
 def _archive_series(file: Path) -> Iterator[RawSample]:
@@ -174,7 +187,7 @@ def _archive_series(file: Path) -> Iterator[RawSample]:
 def _table(file: Path, source: FileSource) -> Iterator[RawSample]:
     """Rows of a CSV file with a header."""
     # In memory: data.max_bytes bounds what is left of it, and texts are a few times larger.
-    rows = list(csv.reader(_text(file).splitlines()))
+    rows = _csv_rows(file)
     header = [name.strip() for name in rows[0]] if rows else []
     label = source.label or "label"
     for key, column in (("label", label), ("group", source.group)):
@@ -198,7 +211,7 @@ def _table(file: Path, source: FileSource) -> Iterator[RawSample]:
 
 def _readings(file: Path) -> Array:
     """A CSV file of readings, a row per time: (channels, samples)."""
-    rows = [row for row in csv.reader(_text(file).splitlines()) if row]
+    rows = [row for row in _csv_rows(file) if row]
     # Names of the channels may come first.
     if rows and all(_is_name(field) for field in rows[0]):
         rows = rows[1:]
@@ -245,7 +258,7 @@ def _loaded(file: Path) -> Array | Mapping[str, Array]:
 def _with_texts(file: Path, reason: ValueError) -> Mapping[str, Array]:
     try:
         with np.load(file, allow_pickle=False) as loaded:
-            return {name: loaded[name] for name in loaded.files}
+            return {name: restore_bfloat16(loaded[name]) for name in loaded.files}
     # On broken files numpy raises nearly anything.
     except Exception as e:
         raise LearningError(str(reason), file=str(file)) from e
@@ -256,6 +269,13 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise LearningError(f"{file} cannot be read as text: {e}", file=str(file)) from e
+
+
+def _csv_rows(file: Path) -> list[list[str]]:
+    try:
+        return list(csv.reader(_text(file).splitlines()))
+    except csv.Error as e:  # a field of more than 128 KiB, most likely a quotation mark that nothing ends
+        raise LearningError(f"{file} cannot be read as CSV: {e}", file=str(file)) from e
 
 
 def _numbers(fields: Sequence[str], place: str) -> list[float]:

@@ -16,18 +16,13 @@ from isthmus.registry.registry import Registry
 from isthmus.security.audit import local_user
 
 
-def all_segments(bundle: Bundle) -> list[Segment]:
-    """Every segment of a bundle, exit branches included."""
-    return [*bundle.runnable.values()]
-
-
 def never_run(store: Registry, bundle: Bundle) -> list[Segment]:
-    """The segments without a record of a run."""
+    """The segments, exit branches and variants without a record of a run."""
     try:
         recorded = set(store.store.list(_folder(bundle)))
     except RegistryMissing:  # the first publish makes a registry's folder
         recorded = set()
-    return [segment for segment in all_segments(bundle) if _key(bundle, segment) not in recorded]
+    return [segment for segment in bundle.runnable.values() if _key(bundle, segment) not in recorded]
 
 
 def record_runs(store: Registry, bundle: Bundle, segments: Iterable[Segment]) -> None:

@@ -14,7 +14,7 @@ from isthmus.registry import Registry, Resolved, Version, open_registry
 from isthmus.registry.aliases import PROD, AliasSigner, Move, check_alias
 from isthmus.registry.blob_copies import fetch_blob, local_blob, version_content
 from isthmus.registry.content import blob_key
-from isthmus.registry.run_records import all_segments, never_run, record_runs
+from isthmus.registry.run_records import never_run, record_runs
 from isthmus.registry.sealed_content import grants_of
 from isthmus.registry.signatures import copy_signatures
 from isthmus.settings import RegistrySettings
@@ -134,7 +134,7 @@ def _publish_encrypted(
     runs = run_missing(source, request.registry, found.digest, request.arrays, progress)
     copied = copy_encrypted(source, target, found.digest, request.encrypt_for, progress)
     copy_signatures(source.signatures, found.digest, target.signatures)
-    record_runs(target, found.bundle, all_segments(found.bundle))
+    record_runs(target, found.bundle, found.bundle.runnable.values())
     version = target.publish(found.bundle, {})
     move = _signed_and_moved(request, target, version)
     return PublishResult(version, found.bundle, runs, copied, move, _serves(target, version))

@@ -193,7 +193,7 @@ def plan_of(registry: Registry, bundle: Bundle) -> tuple[Plan | None, bytes]:
 def _boundaries(bundle: Bundle) -> Iterator[int]:
     """The offsets in the weights file where a segment begins or ends to read."""
     tensors = bundle.weights.tensors
-    for segment in tuple(bundle.runnable.values()):
+    for segment in bundle.runnable.values():
         for index in (end for pair in segment.weights for end in pair):
             if index < len(tensors):
                 yield tensors[index].offset

@@ -18,7 +18,7 @@ from isthmus.context import Context
 from isthmus.errors import FrameError, ModelError, SegmentError
 from isthmus.pipeline import LocalHop, LoopbackHop
 from isthmus.registry import Registry, open_cache
-from isthmus.registry.run_records import all_segments, never_run, record_runs
+from isthmus.registry.run_records import never_run, record_runs
 from isthmus.runtime.session_store import open_store
 from isthmus.settings import RegistrySettings, SegmentSettings
 from isthmus.wire.frame import Frame, Step
@@ -59,7 +59,7 @@ def run_segments(store: Registry, request: TrialRequest, progress: Progress = si
         RegistryError: content is missing or corrupt.
     """
     bundle = store.bundle(request.digest)
-    wanted = all_segments(bundle) if request.segments is None else list(request.segments)
+    wanted = list(bundle.runnable.values()) if request.segments is None else list(request.segments)
     settings = SegmentSettings(**vars(request.registry))
     runs = []
     # The functions' own store, with their bounds on memory and their checks.
@@ -131,7 +131,7 @@ def _in_order(bundle: Bundle, wanted: Sequence[Segment]) -> list[Segment]:
     """
     known = {spec.name for spec in bundle.inputs}
     # Names are unique in a graph, so that a tensor of one cut stands for the same tensor of every other cut.
-    order, left = list[Segment](), all_segments(bundle)
+    order, left = list[Segment](), list(bundle.runnable.values())
     while missing := [segment for segment in wanted if segment not in order]:
         ready = [s for s in left if {spec.name for spec in bundle.carried(s.inputs)} <= known]
         # The wanted ones first: others only where these wait for their outputs.

@@ -99,10 +99,10 @@ def test_a_branch_computes_its_map_and_the_likeliest_of_its_tokens(
     with_exits: PublishedDecoder, store: SessionStore
 ) -> None:
     model = with_exits.model
-    branch = model.bundle.exit_at("layer_1")
-    assert branch is not None
+    early = model.bundle.exit_at("layer_1")
+    assert early is not None
     stream = np.random.default_rng(0).normal(0, 5, (1, 3, 64)).astype(np.float32)
-    route = local_route(model.digest, model.bundle, (branch,), LoopbackHop(LocalHop(store)))
+    route = local_route(model.digest, model.bundle, (early.segment,), LoopbackHop(LocalHop(store)))
     tensors = execute(route, {"layer_1": stream}, context()).tensors
     assert tensors[EXIT_TOKENS].shape == tensors[EXIT_PROBABILITIES].shape == (1, 3)
     assert ((tensors[EXIT_PROBABILITIES] > 1 / 300) & (tensors[EXIT_PROBABILITIES] <= 1)).all()

@@ -127,8 +127,9 @@ class RoutedSession:
             DeadlineExceeded: as `sample`.
         """
         head = self._route.segments[0]
-        if len(self._route.segments) < 2 or (branch := self._route.bundle.exit_at(head.id.stop)) is None:
+        if len(self._route.segments) < 2 or (early := self._route.bundle.exit_at(head.id.stop)) is None:
             return None
+        branch = early.segment
         self._keep_common(tokens, len(tokens) - 1)
         self._heard = time.monotonic()
         if (result := self._run_ahead(tokens, context)) is None:

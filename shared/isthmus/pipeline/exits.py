@@ -71,7 +71,7 @@ class ExitOutcome:
 
 def exit_branch(bundle: Bundle, cut: str) -> ExitBranch | None:
     """The exit at a cut; None without a classifier's, or where the model has outputs that no exit gives."""
-    found = next((each for each in bundle.exits if each.cut == cut), None)
+    found = bundle.exit_at(cut)
     if found is None or found.gate is None or [spec.name for spec in bundle.outputs] != [found.gate.output]:
         return None
     return ExitBranch(found.segment, found.gate, bundle.inputs)

@@ -114,8 +114,8 @@ class BakedSegment:
             self._bundle = self.bundle(self.digest)
             self.segment_id, graph, weights = _read(doc)
             self._segment = self._bundle.segment(self.segment_id)
-            self._verify(GRAPH, graph)
-            self._verify(WEIGHTS, weights)
+            _verify(self._folder / GRAPH, graph)
+            _verify(self._folder / WEIGHTS, weights)
             self.branch = self._baked_branch()
         except OSError as e:
             raise SettingsError(
@@ -160,20 +160,14 @@ class BakedSegment:
 
     def _baked_branch(self) -> Segment | None:
         """The branch of the exit behind a head, where the folder holds its graph, with the weights in it."""
-        branch = self._bundle.exit_at(self._segment.id.stop)
-        if branch is None or not (path := self._blob_path(branch.graph)).exists():
+        found = self._bundle.exit_at(self._segment.id.stop)
+        if found is None or not (path := self._blob_path(found.segment.graph)).exists():
             return None
-        if file_digest(path) != branch.graph.digest:
-            raise corrupt(str(path), branch.graph.digest)
-        return branch
+        _verify(path, found.segment.graph)
+        return found.segment
 
     def _blob_path(self, blob: Blob) -> Path:
         return self._folder / BLOBS / blob.digest.removeprefix("sha256:")
-
-    def _verify(self, name: str, blob: Blob) -> None:
-        path = self._folder / name
-        if file_digest(path) != blob.digest:
-            raise corrupt(str(path), blob.digest)
 
     def _missing(self, kind: str, name: str, existing: str) -> Missing:
         return Missing(
@@ -184,6 +178,11 @@ class BakedSegment:
             exists=[existing],
             hint="unset segment_dir to serve any bundle of a registry",
         )
+
+
+def _verify(path: Path, blob: Blob) -> None:
+    if file_digest(path) != blob.digest:
+        raise corrupt(str(path), blob.digest)
 
 
 def _read(data: bytes) -> tuple[SegmentId, Blob, Blob]:

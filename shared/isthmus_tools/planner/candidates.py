@@ -223,8 +223,8 @@ class CandidateSet(PlannedBundle):
             return 0, size(cloud, WHOLE)
         head, tail = partition_ids(option.cuts)
         # The weights of an exit's branch are in its graph, and its input is there already.
-        branch = self.bundle.exit_at(option.cuts[0]) if self.evaluations[option.name].exit is not None else None
-        return edge_size(head) + (branch.graph.size if branch is not None else 0), size(cloud, tail)
+        early = self.bundle.exit_at(option.cuts[0]) if self.evaluations[option.name].exit is not None else None
+        return edge_size(head) + (early.segment.graph.size if early is not None else 0), size(cloud, tail)
 
 
 def check_profile(profile: Profile, bundle: Bundle) -> None:

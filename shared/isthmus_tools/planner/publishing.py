@@ -123,9 +123,10 @@ def renew_exit(plan: Plan, before: Bundle, after: Bundle) -> Plan | None:
     choice = plan.choice
     if choice.exit is None or choice.exit.share >= 1 or choice.looks is not None or plan.objective in PRICED:
         return None
-    gate = next((each.gate for each in after.exits if each.cut == choice.cuts[0]), None)
+    found = _exit_of(choice, after)
     if (
-        gate is None
+        found is None
+        or (gate := found.gate) is None
         or _reveals_otherwise(plan, before, after)
         or not _runs_alike(structs.replace(choice, exit=None), before, after)
     ):
@@ -158,10 +159,16 @@ def renew_exit(plan: Plan, before: Bundle, after: Bundle) -> Plan | None:
 
 def _lost_at_edge(candidate: Candidate, bundle: Bundle) -> float:
     """The share of predictions that the candidate's exit, or its variant of the head, may change."""
-    gates = [each.gate for each in bundle.exits if candidate.exit is not None and each.cut == candidate.cuts[0]]
+    found = _exit_of(candidate, bundle)
+    bound = found.gate.bound if found is not None and found.gate is not None else 0.0
     heads = bundle.variants_of(SegmentId(stop="".join(candidate.cuts[:1])))
     lost = [1 - each.agreement for each in heads if each.name == candidate.head]
-    return sum(gate.bound for gate in gates if gate is not None) + sum(lost)
+    return bound + sum(lost)
+
+
+def _exit_of(candidate: Candidate, bundle: Bundle) -> Exit | None:
+    """The exit of a bundle that the candidate has; None for a candidate without one."""
+    return None if candidate.exit is None else bundle.exit_at(candidate.cuts[0])
 
 
 def _successor(fidelity: Fidelity, cut: str, choice: Choice) -> Entry | None:
@@ -196,9 +203,9 @@ def _runs_alike(candidate: Candidate, before: Bundle, after: Bundle) -> bool:
 def _segments(candidate: Candidate, bundle: Bundle) -> tuple[Segment | Exit, ...]:
     """The candidate's segments of its bundle and its exit; the segments of `variant` are in a bundle of its own."""
     segments = bundle.partition(candidate.cuts) if candidate.kind == "split" else (bundle.segment(WHOLE),)
-    exits = [each for each in bundle.exits if candidate.exit is not None and each.cut == candidate.cuts[0]]
+    found = _exit_of(candidate, bundle)
     heads = [bundle.segment(SegmentId("", segments[0].id.stop, candidate.head))] if candidate.head else []
-    return (*segments, *heads, *exits)
+    return (*segments, *heads, *([found] if found is not None else []))
 
 
 def _offers(fidelity: Fidelity, candidate: Candidate, choice: Choice) -> bool:

@@ -99,6 +99,15 @@ def test_the_share_follows_a_change_and_begins_with_the_plans(route: Route) -> N
     assert 0.6 < estimates.exit_share(*key) < 0.7
 
 
+def test_answers_to_callers_who_asked_for_the_full_model_say_nothing_of_the_share(route: Route) -> None:
+    candidate, estimates = gated(route), Estimates()
+    key = (route.digest, candidate.name, SHARE)
+    estimates.answered(*key[:2], 0.1, None, 0.001)
+    assert estimates.exit_share(*key) == SHARE
+    met(estimates, candidate, 8, is_early=False)
+    assert estimates.exit_share(*key) == pytest.approx(SHARE / 2)
+
+
 class Known(Estimates):
     """Estimates with a link and segments that a test sets."""
 

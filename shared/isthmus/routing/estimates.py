@@ -62,13 +62,16 @@ class _SegmentTimes:
 
 
 class _CandidateTimes:
-    def __init__(self, exit_share: float) -> None:
+    def __init__(self) -> None:
         self.preprocess, self.encode, self.whole = Median(), Median(), Median()
-        self.exit_share, self.exits_known = exit_share, _PRIOR_EXITS
+        # None until a request meets the exit: earlier ones may have asked for the full model.
+        self.exit_share: float | None = None
+        self.exits_known = _PRIOR_EXITS
 
-    def ended(self, *, is_early: bool) -> None:
+    def ended(self, planned_share: float, *, is_early: bool) -> None:
+        share = planned_share if self.exit_share is None else self.exit_share
         self.exits_known = min(self.exits_known + 1, _LATEST_EXITS)
-        self.exit_share += (is_early - self.exit_share) / self.exits_known
+        self.exit_share = share + (is_early - share) / self.exits_known
 
 
 class Estimates:
@@ -149,13 +152,13 @@ class Estimates:
     def met_exit(self, bundle: str, candidate: str, planned_share: float, *, is_early: bool) -> None:
         """Learn whether a request along a candidate with an exit ended there; `planned_share` is the plan's."""
         with self._lock:
-            self._times_of(bundle, candidate, planned_share).ended(is_early=is_early)
+            self._times_of(bundle, candidate).ended(planned_share, is_early=is_early)
 
     def exit_share(self, bundle: str, candidate: str, planned_share: float) -> float:
         """The share of a candidate's latest requests that ended at its exit; the plan's before the first."""
         with self._lock:
             times = self._work.get((bundle, candidate))
-            return planned_share if times is None else times.exit_share
+            return planned_share if times is None or times.exit_share is None else times.exit_share
 
     def link(self, hop: str) -> LinkEstimate:
         """The estimate of the link to a hop."""
@@ -199,9 +202,9 @@ class Estimates:
         """Median seconds of the latest requests along a candidate; None where it was not taken yet."""
         return self._median(bundle, candidate, lambda times: times.whole)
 
-    def _times_of(self, bundle: str, candidate: str, exit_share: float = 0.0) -> _CandidateTimes:
+    def _times_of(self, bundle: str, candidate: str) -> _CandidateTimes:
         if (times := self._work.get((bundle, candidate))) is None:
-            times = self._work[bundle, candidate] = _CandidateTimes(exit_share)
+            times = self._work[bundle, candidate] = _CandidateTimes()
         return times
 
     def _median(self, bundle: str, candidate: str, part: Callable[[_CandidateTimes], Median]) -> float | None:

@@ -14,10 +14,9 @@ from isthmus.artifacts.alias import Alias
 from isthmus.artifacts.bounds import exceeds
 from isthmus.artifacts.canary import Canary, CanaryRule
 from isthmus.routing.candidates import ServedModel
+from isthmus.routing.latest_outcomes import WINDOW, LatestOutcomes
 from isthmus.routing.state import ReleaseCounts, TrialState
 
-# Latest requests of each version, and latest comparisons, that count: a fault that begins late shows.
-WINDOW = 500
 # Callers of an alias with a canary have one of these releases.
 STABLE, CANARY = "stable", "canary"
 
@@ -28,19 +27,15 @@ class _Requests:
 
     count: int = 0
     errors: int = 0
-    latest: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    latest: LatestOutcomes = field(default_factory=LatestOutcomes)
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
 
     def add(self, seconds: float, *, is_error: bool) -> None:
         self.count += 1
         self.errors += is_error
-        self.latest.append(is_error)
+        self.latest.add(is_bad=is_error)
         if not is_error:  # a failure may be quick, or last until the deadline
             self.seconds.append(seconds)
-
-    @property
-    def error_share(self) -> float:
-        return self.latest.count(True) / len(self.latest) if self.latest else 0.0
 
     def counts(self, version: str) -> ReleaseCounts:
         median_s = statistics.median(self.seconds) if self.seconds else None
@@ -57,7 +52,7 @@ class CanaryTrial:
         self.is_alias_moved = False
         self._lock = threading.Lock()
         self._stable, self._tried = _Requests(), _Requests()
-        self._outcomes: deque[bool] = deque(maxlen=WINDOW)
+        self._outcomes = LatestOutcomes()
         self._agreed = self._differed = self._failed = 0
 
     @property
@@ -82,7 +77,7 @@ class CanaryTrial:
                 return
             self._agreed += agreed
             self._differed += not agreed
-            self._outcomes.append(agreed)
+            self._outcomes.add(is_bad=not agreed)
 
     def verdict(self) -> str:
         """The part of the rule that the canary breaks beyond chance: errors, disagreement or latency; or empty."""
@@ -106,16 +101,16 @@ class CanaryTrial:
             )
 
 
-def _verdict(rule: CanaryRule, stable: _Requests, tried: _Requests, outcomes: deque[bool]) -> str:
+def _verdict(rule: CanaryRule, stable: _Requests, tried: _Requests, outcomes: LatestOutcomes) -> str:
     # The least number is for comparisons too: the first ones may be of one caller that repeats a request.
     is_enough = len(outcomes) >= min(rule.min_requests, WINDOW)
-    if is_enough and exceeds(outcomes.count(False), len(outcomes), rule.max_disagreement, rule.confidence):
+    if is_enough and outcomes.exceed(rule.max_disagreement, rule.confidence):
         return "disagreement"
     if tried.count < rule.min_requests:
         return ""
     # Where a hop is away both versions fail: only what the canary fails beyond that is the canary's.
-    max_errors = min(1.0, rule.max_errors + stable.error_share)
-    if exceeds(tried.latest.count(True), len(tried.latest), max_errors, rule.confidence):
+    max_errors = min(1.0, rule.max_errors + stable.latest.share)
+    if tried.latest.exceed(max_errors, rule.confidence):
         return "errors"
     if len(stable.seconds) < rule.min_requests or not tried.seconds:
         return ""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,17 +18,16 @@ from typing import Protocol, TypeAlias
 from cachetools import LRUCache
 
 from isthmus.arrays import Array
-from isthmus.artifacts.bounds import exceeds, wilson
+from isthmus.artifacts.bounds import wilson
 from isthmus.artifacts.fidelity import TOP1, Measure
 from isthmus.artifacts.gate import Gate
 from isthmus.codecs import EncodedTensor
 from isthmus.pipeline import Result, Route, execute
 from isthmus.pipeline.agreement import agrees
 from isthmus.routing.idle_work import Job, job_context
+from isthmus.routing.latest_outcomes import LatestOutcomes
 from isthmus.routing.state import ExitState
 
-# The latest requests of the sample that count, and the confidence that the limit is exceeded: as those of codecs.
-WINDOW, CONFIDENCE = 500, 0.999
 # Callers name versions, each with exits of its own.
 MAX_EXITS = 256
 
@@ -51,22 +49,18 @@ class ExitMetrics(Protocol):
 
 @dataclass
 class _Checks:
-    """The outcomes of an exit's sample."""
+    """An exit's sample; a prediction other than the full model's is a bad outcome."""
 
     limit: float
-    outcomes: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    outcomes: LatestOutcomes = field(default_factory=LatestOutcomes)
     is_closed: bool = False
-
-    @property
-    def disagreement(self) -> float:
-        return self.outcomes.count(False) / len(self.outcomes) if self.outcomes else 0.0
 
     def add(self, agreed: bool) -> bool:
         """Add an outcome; True where it closes the exit."""
         if self.is_closed:
             return False
-        self.outcomes.append(agreed)
-        self.is_closed = exceeds(self.outcomes.count(False), len(self.outcomes), self.limit, CONFIDENCE)
+        self.outcomes.add(is_bad=not agreed)
+        self.is_closed = self.outcomes.exceed(self.limit)
         return self.is_closed
 
 
@@ -109,7 +103,7 @@ class ExitGuard:
                 branch.gate.threshold,
                 0.0 if checks.is_closed else share,
                 len(checks.outcomes),
-                checks.disagreement,
+                checks.outcomes.share,
                 checks.limit,
                 checks.is_closed,
             )
@@ -152,13 +146,12 @@ class ExitGuard:
                 checks = self._checks[key] = _Checks(limit_of(branch.gate))
             is_closing = checks.add(agreed)
             self._closed = frozenset(each for each, known in self._checks.items() if known.is_closed)
-            self._metrics.exit_state(max(c.disagreement for c in self._checks.values()), len(self._closed))
+            self._metrics.exit_state(max(c.outcomes.share for c in self._checks.values()), len(self._closed))
         if is_closing:
             facts = {
                 "bundle": route.digest,
                 "cut": branch.cut,
-                "checks": len(checks.outcomes),
-                "disagreement": round(checks.disagreement, 4),
+                **checks.outcomes.facts(),
                 "limit": round(checks.limit, 4),
                 "hint": f"inputs differ from those that the exit was fitted on: isthmus exits {route.bundle.name} with"
                 " inputs of late",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +18,6 @@ from typing import Protocol, TypeAlias
 from cachetools import LRUCache
 
 from isthmus.arrays import Array
-from isthmus.artifacts.bounds import exceeds
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.choice import GRADED, RAW, Choice, Look
 from isthmus.artifacts.fidelity import LIMIT, Fidelity, Measure, measure_for
@@ -29,11 +27,8 @@ from isthmus.pipeline import Result, Route, execute
 from isthmus.pipeline.agreement import agrees
 from isthmus.routing.exit_guard import ExitGuard, ExitMetrics
 from isthmus.routing.idle_work import IdleWork, Job, job_context
+from isthmus.routing.latest_outcomes import LatestOutcomes
 
-# Number of latest checks of a route that count, so that a drift shows.
-WINDOW = 500
-# Confidence that the limit is exceeded before a fallback: every check tests again, so 0.95 would fire too often.
-CONFIDENCE = 0.999
 # Callers name versions, each with a route of its own, so there must be an end.
 MAX_ROUTES = 256
 
@@ -84,18 +79,13 @@ NO_FALLBACK = Fallback()
 
 @dataclass
 class GuardState:
-    """A route's fallback chain, the level in force, and the outcomes of its latest checks."""
+    """A route's fallback chain, the level in force, and its latest checks; another prediction is a bad outcome."""
 
     chain: tuple[Choice, ...]
     measure: Measure
     limit: float
     level: int = 0
-    outcomes: deque[bool] = field(default_factory=lambda: deque(maxlen=WINDOW))
-
-    @property
-    def disagreement(self) -> float:
-        """Share of the latest checks with different predictions."""
-        return self.outcomes.count(False) / len(self.outcomes) if self.outcomes else 0.0
+    checks: LatestOutcomes = field(default_factory=LatestOutcomes)
 
     def notes(self) -> dict[str, str | int]:
         """Facts for responses; empty at level 0."""
@@ -107,15 +97,12 @@ class GuardState:
             "guard_instead_of": str(self.chain[0]),
         }
 
-    def add(self, agreed: bool) -> bool:
-        """Add a check's outcome; True where the route moves to the next level, with its checks starting anew."""
-        self.outcomes.append(agreed)
-        is_last = self.level + 1 == len(self.chain)
-        differing = self.outcomes.count(False)
-        if is_last or not exceeds(differing, len(self.outcomes), 1 - self.limit, CONFIDENCE):
+    def step(self) -> bool:
+        """Move to the next level, with checks starting anew, where the limit is exceeded; whether that was so."""
+        if self.level + 1 == len(self.chain) or not self.checks.exceed(1 - self.limit):
             return False
         self.level += 1
-        self.outcomes.clear()
+        self.checks.clear()
         return True
 
 
@@ -223,16 +210,16 @@ class Guard:
         with self._lock:
             if sample.level != state.level:
                 return  # of a codec that is no longer in use
-            outcomes = [*state.outcomes, agreed][-WINDOW:]
-            is_fallback = state.add(agreed)
+            state.checks.add(is_bad=not agreed)
+            checked = state.checks.facts()
+            is_fallback = state.step()
             states = self._states.values()
-            self._metrics.guard_state(max(s.disagreement for s in states), max(s.level for s in states))
+            self._metrics.guard_state(max(s.checks.share for s in states), max(s.level for s in states))
         if is_fallback:
             facts = {
                 "bundle": sample.route.digest,
                 "segments": [s.id for s in sample.route.segments],
-                "checks": len(outcomes),
-                "disagreement": round(outcomes.count(False) / len(outcomes), 4),
+                **checked,
                 "limit": round(1 - state.limit, 4),
                 **state.notes(),
             }

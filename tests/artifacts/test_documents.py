@@ -18,6 +18,7 @@ from isthmus.artifacts.plan import PLAN
 from isthmus.artifacts.plan import to_json as plan_json
 from isthmus.artifacts.profile import PROFILE, content_of
 from isthmus.artifacts.profile import to_json as profile_json
+from isthmus.artifacts.segment_id import SegmentId
 from isthmus.errors import IsthmusError
 from support.paths import ROOT
 
@@ -59,6 +60,20 @@ def test_the_schemas_are_those_that_the_structs_give(kind: DocumentKind[Any]) ->
     written = json.loads((ROOT / "docs" / "schemas" / f"{kind.name}.schema.json").read_text())
     assert written == json.loads(json.dumps(schema(kind))), "write them: make schemas"
     jsonschema.validate(json.loads(stored(kind.name)), written)
+
+
+@pytest.mark.parametrize("text", ["..", "..65", "20..65", "65..", "65..65", "..~int8", "..65~int8-2", "20..65~p_50"])
+def test_the_schema_of_bundles_takes_the_ids_of_segments_and_variants(text: str) -> None:
+    assert SegmentId.parse(text) == text
+    jsonschema.validate(text, schema(BUNDLE)["$defs"]["Segment"]["properties"]["id"])
+
+
+@pytest.mark.parametrize("text", ["65", "", "..65~", "..~", "..65~-a", "..65~a~b", "~a..65", "..65~a.b"])
+def test_the_schema_of_bundles_refuses_what_is_no_segments_id(text: str) -> None:
+    with pytest.raises(ValueError, match=r"segment id|variant|name a cut"):
+        SegmentId.parse(text)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(text, schema(BUNDLE)["$defs"]["Segment"]["properties"]["id"])
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

@@ -149,7 +149,7 @@ def decode_custom(kind: type, value: Any) -> Any:
 
 def _schema_of_custom(kind: type) -> dict[str, Any]:
     if kind is SegmentId:
-        return {"type": "string", "pattern": r"^[A-Za-z0-9_-]*\.\.[A-Za-z0-9_-]*$"}
+        return {"type": "string", "pattern": r"^[A-Za-z0-9_-]*\.\.[A-Za-z0-9_-]*(~[A-Za-z0-9][A-Za-z0-9_-]*)?$"}
     raise NotImplementedError(kind)
 
 

@@ -205,6 +205,8 @@ def test_every_command_with_cuts_has_the_same_option() -> None:
             "draft",
             "exits",
             "compress",
+            "fuse",
+            "leak",
             "profile",
             "infer",
             "why",

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from isthmus.artifacts.fusion import Fusion, FusionGain
 from isthmus.security.caller_keys import new_key
 from support.bundles import Published, publish_photos
 from support.cli import document, isthmus, refusal
+from support.exits import with_exit
 
 
 @pytest.fixture
@@ -139,6 +141,21 @@ def test_publish_verify_diff_and_pull_say_what_they_did(photos: Published, tmp_p
     result = isthmus("verify", "photos:2", "--registry", photos.folder)
     assert (result.exit_code, "damaged: sha256:" in result.stdout) == (1, True)
     assert "to repair: delete these blobs" in result.stdout
+
+
+def test_a_diff_names_the_cuts_of_an_exit_with_another_threshold_and_of_a_fusion(tmp_path: Path) -> None:
+    plain = publish_photos(tmp_path)
+    with_exit(plain, tmp_path, threshold=0.5)
+    later = with_exit(plain, tmp_path, threshold=0.6)
+    gain = FusionGain(inputs=100, alone=0.9, fused=0.92, better=3, worse=1, low=-0.01, high=0.05)
+    fusion = Fusion("6", "logits", "log_odds", "logits", (0.5,), (1.0,), 1.0, "labels", "raw/1", 0.0, gain)
+    plain.registry.publish(replace(later.bundle, fusion=fusion), {})
+    text = say(plain, "diff", "photos:2", "4")
+    assert "changed exits: 6" in text
+    assert "new fusions: 6" in text
+    assert "segments" not in text
+    assert ask(plain, "diff", "photos:4", "3")["fusions"] == {"added": [], "removed": ["6"], "changed": []}
+    assert ask(plain, "diff", "photos:1", "2")["exits"]["added"] == ["6"]
 
 
 def test_publish_names_what_the_first_version_of_a_model_serves(photos: Published, tmp_path: Path) -> None:

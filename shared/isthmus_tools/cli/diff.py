@@ -24,12 +24,12 @@ def diff(
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
 ) -> None:
-    """Show how a version differs from another one: segments, cuts, sizes, fidelity, plan.
+    """Show how a version differs from another one: segments, cuts, exits, fusion, sizes, fidelity, plan.
 
     Example: `isthmus diff efficientnet-lite0:prod 8`
     """
     from isthmus.registry import open_registry
-    from isthmus_tools.usecases.version_diff import diff_versions
+    from isthmus_tools.usecases.version_diff import NAMED, diff_versions
 
     with errors(as_json):
         store = open_registry(registry_settings(registry))
@@ -52,7 +52,7 @@ def diff(
             ("plan", *(plan or "none" for plan in result.plans)),
         ]
         table(f"{two} beside {one}", ["", one, two], rows)
-        for what in ("tensors", "segments", "cuts"):
+        for what in NAMED:
             _show(what, getattr(result, what))
         say(f"a registry with {one} lacks {format_size(result.new_bytes)} of {two}")
         if result.agreements:

@@ -1,4 +1,4 @@
-"""Differences of two versions of a model: segments, cuts, sizes, fidelity, plan."""
+"""Differences of two versions of a model: segments, cuts, exits, fusion, sizes, fidelity, plan."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from isthmus.artifacts.fidelity import Fidelity, read_fidelity
 from isthmus.artifacts.plan import Plan, read_plan
 from isthmus.errors import CalibrationError, PlanMalformed, PlanMismatch
 from isthmus.registry import Registry, Resolved
+
+NAMED = ("tensors", "segments", "cuts", "exits", "fusions")
+"""The fields of `VersionDiff` with changes by name."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,16 @@ class VersionDiff:
     """How a version differs from another one.
 
     `weights_bytes` and `graph_bytes` are of the first and the second. `new_bytes` is what a registry with the first
-    lacks of the second: whole blobs. `plans` names the choices, empty for none.
+    lacks of the second: whole blobs. `exits` and `fusions` are named by their cuts; an exit with another threshold has
+    changed. `plans` names the choices, empty for none.
     """
 
     first: Resolved
     second: Resolved
     segments: NameChanges
     cuts: NameChanges
+    exits: NameChanges
+    fusions: NameChanges
     default_cuts: tuple[tuple[str, ...], tuple[str, ...]]
     tensors: NameChanges
     weights_bytes: tuple[int, int]
@@ -61,7 +67,7 @@ class VersionDiff:
             "first": f"{self.first.name}:{self.first.version}",
             "second": f"{self.second.name}:{self.second.version}",
             "same": self.first.digest == self.second.digest,
-            **{name: vars(getattr(self, name)) for name in ("segments", "cuts", "tensors")},
+            **{name: vars(getattr(self, name)) for name in NAMED},
             "default_cuts": [list(each) for each in self.default_cuts],
             "weights_bytes": list(self.weights_bytes),
             "graph_bytes": list(self.graph_bytes),
@@ -86,6 +92,8 @@ def diff_versions(store: Registry, first: str, second: str) -> VersionDiff:
         two,
         segments=_changes(a.runnable, b.runnable),
         cuts=_changes(a.cuts, b.cuts),
+        exits=_changes(_exits(a), _exits(b)),
+        fusions=_changes(_fusions(a), _fusions(b)),
         default_cuts=(a.default_cuts, b.default_cuts),
         tensors=_changes(_tensors(a), _tensors(b)),
         weights_bytes=(a.weights.blob.size, b.weights.blob.size),
@@ -108,6 +116,14 @@ def _changes(before: Mapping[str, object], after: Mapping[str, object]) -> NameC
 def _tensors(bundle: Bundle) -> dict[str, object]:
     """The model's own inputs and outputs."""
     return {spec.name: (spec.dtype, spec.shape) for spec in (*bundle.inputs, *bundle.outputs)}
+
+
+def _exits(bundle: Bundle) -> dict[str, object]:
+    return {each.cut: each for each in bundle.exits}
+
+
+def _fusions(bundle: Bundle) -> dict[str, object]:
+    return {} if bundle.fusion is None else {bundle.fusion.cut: bundle.fusion}
 
 
 def _graph_bytes(bundle: Bundle) -> int:

@@ -35,7 +35,7 @@ from support.exits import ALWAYS, NEVER, planned_exit, with_exit
 from support.patience import LONG_S
 from support.plans import candidate, plan_for
 from support.ports import free_port
-from support.routers import expected_classes, oip_json
+from support.routers import expected_classes, oip_json, photo_form
 
 SEEDS = range(24)
 # The scores of the model for photos are some 20 apart.
@@ -108,13 +108,6 @@ def ask(client: FlaskClient, seed: int = 0, **headers: str) -> Any:
     answer = client.post("/", data=photo(seed=seed), headers=headers)
     assert answer.status_code == 200, answer.json
     return answer
-
-
-def form(photos: list[bytes]) -> dict[str, Any]:
-    # werkzeug's own boundaries have now and then more than the 70 characters of RFC 2046.
-    head = b'--page\r\nContent-Disposition: form-data; name="%s"; filename="photo.png"\r\n\r\n'
-    parts = [head % (b"image" if len(photos) == 1 else b"images") + data + b"\r\n" for data in photos]
-    return {"data": b"".join(parts) + b"--page--\r\n", "content_type": "multipart/form-data; boundary=page"}
 
 
 def exits(client: FlaskClient) -> dict[str, float]:
@@ -191,7 +184,7 @@ def test_each_photo_of_a_batch_ends_where_it_is_sure(
     exiting: Published, functions: tuple[str, str], router: Routers, confidences: list[float], half: float
 ) -> None:
     client = router(exiting, ("local", functions[1]))
-    answer = client.post("/", **form([photo(seed=seed) for seed in range(6)]))
+    answer = client.post("/", **photo_form(*(photo(seed=seed) for seed in range(6))))
     assert answer.status_code == 200, answer.json
     found = ["exit" in each["route"] for each in answer.json["predictions"]]
     assert found == [confidence >= half for confidence in confidences[:6]]
@@ -247,7 +240,7 @@ def test_the_page_shows_where_a_photo_ended_and_the_full_model_beside_it(
 ) -> None:
     known = with_exit(plain, tmp_path, threshold=ALWAYS)
     client = router(known, ("local", functions[1]), page=True)
-    text = client.post("/page/prediction?beside=raw", **form([photo()])).get_data(as_text=True)
+    text = client.post("/page/prediction?beside=raw", **photo_form(photo())).get_data(as_text=True)
     assert text.count("<dt>exit</dt>") == 1
     assert "<dd>at 6, confidence " in text
     assert (text.count("<li>..6 on"), text.count("<li>6.. on")) == (2, 1)

@@ -28,7 +28,7 @@ from support.bundles import Published, metrics, photo, publish_photos, ready, ro
 from support.patience import LONG_S, eventually
 from support.plans import candidate, plan_for
 from support.ports import free_port
-from support.routers import assert_classes, before, expected_classes, oip_json
+from support.routers import assert_classes, before, expected_classes, oip_json, photo_form
 
 CAT = photo(seed=1)
 SPLIT = candidate("split-3", "split", 0.02, cuts=("3",))
@@ -197,8 +197,7 @@ def test_a_batch_names_the_route_of_each_photo_and_all_routes_in_its_header(plac
         return unavailable() if place.tail.frames > 1 else None
 
     place.tail.fault, place.tail.is_ready = fails_from_the_second_on, False
-    part = b'--b\r\nContent-Disposition: form-data; name="images"; filename="f"\r\n\r\n%s\r\n' % CAT
-    answer = client.post("/", data=part * 3 + b"--b--\r\n", headers={"Content-Type": "multipart/form-data; boundary=b"})
+    answer = client.post("/", **photo_form(*[CAT] * 3))
     routes = [each["route"] for each in answer.json["predictions"]]
     assert [route["name"] for route in routes] == ["split-3", "edge-int8", "edge-int8"]
     assert [route.get("degraded") for route in routes] == [None, FIDELITY, FIDELITY]
@@ -294,9 +293,7 @@ def test_a_callers_own_error_takes_no_other_route(place: Place) -> None:
 def test_no_photo_of_a_batch_is_decoded_after_the_deadline(place: Place) -> None:
     client = place.router(CLOUD, fallback=("none",))
     place.tail.fault = place.tail.stall
-    part = b'--b\r\nContent-Disposition: form-data; name="images"; filename="f"\r\n\r\n%s\r\n' % CAT
-    headers = {"Content-Type": "multipart/form-data; boundary=b", "X-Timeout": "500ms"}
-    answer = client.post("/", data=part * 8 + b"--b--\r\n", headers=headers)
+    answer = client.post("/", **photo_form(*[CAT] * 8), headers={"X-Timeout": "500ms"})
     assert answer.status_code == 504, answer.text
     assert place.tail.frames == 1
 

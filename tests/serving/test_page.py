@@ -31,7 +31,7 @@ from support.bundles import (
 )
 from support.bundles import photos as photos
 from support.paths import ROOT
-from support.routers import Chain, local_router, oip_json
+from support.routers import Chain, local_router, oip_json, photo_form
 from support.routers import chain as chain
 
 BROWSER = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
@@ -42,12 +42,6 @@ EVIL = "<img src=x onerror=alert(1)>"
 def page(chain: Chain, photos: Published, tmp_path_factory: pytest.TempPathFactory) -> FlaskClient:
     settings = router_settings(photos, tmp_path_factory.mktemp("page"), chain.hops, page=True)
     return ready(create_router_app(settings).test_client())
-
-
-def form(data: bytes) -> dict[str, Any]:
-    # werkzeug's own boundaries have now and then more than the 70 characters of RFC 2046.
-    head = b'--page\r\nContent-Disposition: form-data; name="image"; filename="photo.png"\r\n\r\n'
-    return {"data": head + data + b"\r\n--page--\r\n", "content_type": "multipart/form-data; boundary=page"}
 
 
 class Tags(HTMLParser):
@@ -80,7 +74,7 @@ def test_a_router_has_no_page_unless_the_setting_allows_it(photos: Published, tm
     assert client.get("/", headers=BROWSER).status_code == 405
     for path in ("/docs", "/page/page.js", "/page/models", "/page/choices"):
         assert client.get(path, headers=BROWSER).status_code == 404
-    assert client.post("/page/prediction", **form(photo())).status_code == 404
+    assert client.post("/page/prediction", **photo_form(photo())).status_code == 404
 
 
 @pytest.mark.parametrize("headers", [{}, {"Accept": "*/*"}, {"Accept": "application/json"}])
@@ -171,7 +165,7 @@ def test_no_other_file_is_an_asset(page: FlaskClient, asset: str) -> None:
 def test_a_photo_gives_classes_bytes_and_a_bar_for_each_stage(page: FlaskClient) -> None:
     data = photo()
     expected = page.post("/", data=data).json
-    found = tags(page.post("/page/prediction?model=photos", **form(data)))
+    found = tags(page.post("/page/prediction?model=photos", **photo_form(data)))
     for each in expected["classes"]:
         assert each["label"] in found.text
     assert f"{expected['route']['link_bytes']:,}" in found.text
@@ -199,7 +193,7 @@ def test_routes_to_compare_are_those_that_the_model_has(page: FlaskClient) -> No
     ],
 )
 def test_the_same_photo_goes_along_another_route_beside_it(page: FlaskClient, route: str, segments: list[str]) -> None:
-    found = tags(page.post(f"/page/prediction?beside={route}", **form(photo())))
+    found = tags(page.post(f"/page/prediction?beside={route}", **photo_form(photo())))
     assert [tag for tag, _ in found.tags].count("article") == 2
     lines = re.findall(r"^(.*) on http", found.text, re.MULTILINE)
     assert lines == ["..6", "6..", *segments]
@@ -211,7 +205,7 @@ def test_without_its_codecs_the_same_cut_sends_more(chain: Chain, photos: Publis
     options = tags(client.get("/page/choices")).values("value", "option")
     assert "raw" in options
     assert "cut:6" not in options  # the same as raw
-    text = client.post("/page/prediction?beside=raw", **form(photo())).get_data(as_text=True)
+    text = client.post("/page/prediction?beside=raw", **photo_form(photo())).get_data(as_text=True)
     coded, raw = (int(n.replace(",", "")) for n in re.findall(r'data-fact="link_bytes">([\d,]+)<', text))
     assert coded < raw
 
@@ -228,24 +222,24 @@ def test_another_version_of_the_model_stands_beside_it(tmp_path: Path) -> None:
     newer = publish_photos(tmp_path / "second", seed=1, registry=tmp_path / "first" / "registry")
     client = local_router(newer, tmp_path, page=True)
     assert "photos:2" in tags(client.get("/page/choices")).values("value", "option")
-    found = tags(client.post("/page/prediction?beside=photos:2", **form(photo())))
+    found = tags(client.post("/page/prediction?beside=photos:2", **photo_form(photo())))
     assert "photos:1" in found.text
     assert "photos:2" in found.text
 
 
 def test_each_class_has_a_button_that_asks_why(page: FlaskClient) -> None:
-    found = tags(page.post("/page/prediction?beside=cloud", **form(photo())))
+    found = tags(page.post("/page/prediction?beside=cloud", **photo_form(photo())))
     posts = found.values("hx-post", "button")
     assert len(posts) == 6
     assert all(post.startswith("page/why?model=photos&route=") and "&class=" in post for post in posts)
     targets = found.values("hx-target", "button")
     assert {target.removeprefix("#") for target in targets} <= set(found.values("id", "div"))
     for post in (posts[0], posts[-1]):
-        assert len(tags(page.post(f"/{post}", **form(photo()))).values("x", "rect")) >= 16
+        assert len(tags(page.post(f"/{post}", **photo_form(photo()))).values("x", "rect")) >= 16
 
 
 def test_an_explanation_shows_the_cells_over_the_photo(page: FlaskClient) -> None:
-    found = tags(page.post("/page/why?class=dog&grid=2", **form(photo())))
+    found = tags(page.post("/page/why?class=dog&grid=2", **photo_form(photo())))
     assert "dog" in found.text
     assert "9 parts hidden at the cut 6" in found.text
     assert [found.values(side, "rect") for side in ("x", "width")] == [["0.0000", "0.5000"] * 2, ["0.5000"] * 4]
@@ -268,16 +262,16 @@ def test_pasted_json_is_answered(page: FlaskClient, photos: Published) -> None:
 @pytest.mark.parametrize(
     ("path", "arguments", "status"),
     [
-        ("/page/prediction?beside=nowhere", form(photo()), 404),
-        ("/page/prediction?beside=other:1", form(photo()), 404),
-        ("/page/prediction?model=nobody", form(photo()), 404),
+        ("/page/prediction?beside=nowhere", photo_form(photo()), 404),
+        ("/page/prediction?beside=other:1", photo_form(photo()), 404),
+        ("/page/prediction?model=nobody", photo_form(photo()), 404),
         ("/page/prediction", {"data": b"document=%7B%7D"}, 400),
         ("/page/prediction", {"data": b"document="}, 400),
         ("/page/prediction", {"data": b"document=\xff"}, 400),
         ("/page/prediction", {"data": b"%PDF"}, 415),
         ("/page/why", {"data": b"%PDF"}, 415),
-        ("/page/why?class=fox", form(photo()), 400),
-        ("/page/why?route=nowhere", form(photo()), 404),
+        ("/page/why?class=fox", photo_form(photo()), 400),
+        ("/page/why?route=nowhere", photo_form(photo()), 404),
     ],
 )
 def test_a_request_that_cannot_be_served_is_an_error_as_json(
@@ -311,7 +305,7 @@ def evil(tmp_path_factory: pytest.TempPathFactory) -> FlaskClient:
 
 @pytest.mark.parametrize("path", ["/page/prediction", "/page/why?class=0&grid=2"])
 def test_labels_are_text_and_never_markup(evil: FlaskClient, path: str) -> None:
-    found = tags(evil.post(path, **form(photo())))
+    found = tags(evil.post(path, **photo_form(photo())))
     assert EVIL in found.text or "</li><script>alert(2)</script>" in found.text or "{{ 7*7 }}" in found.text
     images = [attributes for tag, attributes in found.tags if tag == "img"]
     assert images == ([{"data-photo": None, "alt": ""}] if "why" in path else [])
@@ -323,7 +317,7 @@ def test_what_a_caller_names_is_never_markup(evil: FlaskClient) -> None:
     for path in (f"/page/choices?model={EVIL}", f"/page/models?x={EVIL}", f"/docs?{EVIL}", f"/?{EVIL}"):
         answer = evil.get(path, headers=BROWSER)
         assert answer.mimetype == "application/json" or EVIL not in answer.get_data(as_text=True)
-    answer = evil.post(f"/page/prediction?beside={EVIL}", **form(photo()))
+    answer = evil.post(f"/page/prediction?beside={EVIL}", **photo_form(photo()))
     assert answer.mimetype == "application/json"  # the script shows it as text
 
 

@@ -10,22 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from msgspec import structs
 
 from isthmus.arrays import Array
-from isthmus.artifacts.bundle import Segment
+from isthmus.artifacts.bundle import Blob, Segment, digest_of
+from isthmus.artifacts.tensors import TensorSpec
 from isthmus_tools.graph.channel_groups import (
     ChannelGroup,
     ConsumerLayer,
     channel_groups,
     constant_of,
+    consumer_layer,
     is_depthwise,
     is_flag,
-    residual_of,
     writes_boundary,
 )
 from isthmus_tools.graph.model import open_model
 from isthmus_tools.graph.node_writer import initialiser
-from isthmus_tools.graph.variant_graphs import observing
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,8 @@ class EditableGraph:
 
     def boundary_layers(self) -> list[ConsumerLayer]:
         """The last layer before each output of the graph, behind activations and sums."""
-        layers = []
-        for value in self.model.graph.outputs:
-            node = writes_boundary(value)
-            if node is not None and node.inputs[0] is not None:
-                output = node.outputs[0]
-                layers.append(
-                    ConsumerLayer(str(node.name), str(node.inputs[0].name), str(output.name), residual_of(output))
-                )
-        return layers
+        nodes = [node for value in self.model.graph.outputs if (node := writes_boundary(value)) is not None]
+        return [consumer_layer(node, node.inputs[0]) for node in nodes if node.inputs[0] is not None]
 
     def layer(self, name: str) -> LayerWeights:
         """The weights of a Conv, a MatMul or a Gemm."""
@@ -99,9 +93,9 @@ class EditableGraph:
         rank = weight.ndim - 2
         geometry = LayerGeometry(
             tuple(weight.shape[2:]),
-            _ints(node, "strides", (1,) * rank),
-            _ints(node, "pads", (0,) * 2 * rank)[:rank],
-            _ints(node, "dilations", (1,) * rank),
+            tuple(node.attributes.get_ints("strides", (1,) * rank)),
+            tuple(node.attributes.get_ints("pads", (0,) * 2 * rank)[:rank]),
+            tuple(node.attributes.get_ints("dilations", (1,) * rank)),
         )
         return LayerWeights(weight.reshape(outputs, -1).T, np.zeros(outputs) if bias is None else bias, block, geometry)
 
@@ -140,8 +134,21 @@ class EditableGraph:
             self._take(node, 1, 1 - _output_axis(node), kept)
 
     def observing(self, names: list[str], segment: Segment) -> tuple[bytes, Segment]:
-        """As `variant_graphs.observing`, of the graph as it is now."""
-        return observing(self.model, names, segment)
+        """The part of the graph as it is now that computes some of its values, and its declaration, for runs of these.
+
+        Nodes that none of the values needs are left out.
+        """
+        graph = self.model.graph
+        values = {str(v.name): v for v in (*graph.inputs, *(v for node in graph for v in node.outputs))}
+        part = ir.convenience.extract(graph, list(graph.inputs), [values[name] for name in names])
+        for value in part.outputs:
+            # Inner values declare no type; what they are made of is float32 in every graph that compression takes.
+            value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), None
+        model = ir.Model(part, ir_version=self.model.ir_version, producer_name="isthmus")
+        data = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+        specs = tuple(TensorSpec(name, "float32", ()) for name in names)
+        blob = Blob(digest_of(data), len(data))
+        return data, structs.replace(segment, graph=blob, outputs=specs, weights=())
 
     def save(self, path: Path) -> Path:
         """Write the graph, without constants that nothing reads."""
@@ -166,11 +173,9 @@ class EditableGraph:
             return
         value = initialiser(ir.tensor(np.ascontiguousarray(array), name=name))
         graph.register_initializer(value)
-        if index < len(node.inputs):
-            node.replace_input_with(index, value)
-        else:
+        if index >= len(node.inputs):
             node.resize_inputs(index + 1)
-            node.replace_input_with(index, value)
+        node.replace_input_with(index, value)
 
 
 def _constant(node: ir.Node, index: int) -> Array:
@@ -183,8 +188,3 @@ def _constant(node: ir.Node, index: int) -> Array:
 def _output_axis(node: ir.Node) -> int:
     """The axis of the outputs in a layer's weights; that of its inputs is the other of the first two."""
     return 0 if node.op_type == "Conv" or is_flag(node, "transB") else 1
-
-
-def _ints(node: ir.Node, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else tuple(attribute.as_ints())

@@ -130,8 +130,13 @@ def is_depthwise(node: ir.Node) -> bool:
 
 
 def _groups(node: ir.Node) -> int:
-    attribute = node.attributes.get("group")
-    return 1 if attribute is None else attribute.as_int()
+    return node.attributes.get_int("group", 1)
+
+
+def automatic_padding(node: ir.Node) -> str | None:
+    """How a Conv pads by the sizes of its inputs; None where its attributes state the padding."""
+    padding = node.attributes.get_string("auto_pad", "NOTSET")
+    return None if padding in ("NOTSET", "VALID") else padding
 
 
 def produced_channels(node: ir.Node) -> tuple[int, int] | None:
@@ -150,13 +155,12 @@ def produced_channels(node: ir.Node) -> tuple[int, int] | None:
 
 def is_plain_gemm(node: ir.Node) -> bool:
     """Whether a Gemm is a product and a sum, without factors and with rows of inputs first."""
-    factors = [node.attributes[name].as_float() for name in ("alpha", "beta") if name in node.attributes]
-    return not is_flag(node, "transA") and all(factor == 1 for factor in factors)
+    return not is_flag(node, "transA") and all(node.attributes.get_float(name, 1.0) == 1 for name in ("alpha", "beta"))
 
 
 def is_flag(node: ir.Node, name: str) -> bool:
     """Whether an integer attribute is there and not 0."""
-    return name in node.attributes and bool(node.attributes[name].as_int())
+    return bool(node.attributes.get_int(name, 0))
 
 
 def _follow(producer: ir.Node, trace: _Trace) -> None:
@@ -197,7 +201,7 @@ def _through(
     if op == "Conv" and index == 0:
         return _through_convolution(node, value, trace)
     if op in ("MatMul", "Gemm") and index == 0 and trace.axis == -1 and produced_channels(node) is not None:
-        trace.consumers[str(node.name)] = _consumer(node, value)
+        trace.consumers[str(node.name)] = consumer_layer(node, value)
         return ()
     if op in _ARITHMETIC:
         return _through_arithmetic(node, index, trace, pending, sums)
@@ -207,13 +211,11 @@ def _through(
 def _keeps_channels(node: ir.Node, axis: int) -> bool:
     """Whether a reduction or a resize leaves the channels as they are."""
     if node.op_type == "ReduceMean":
-        axes = constant_of(node, 1)
-        if axes is None:
-            attribute = node.attributes.get("axes")
-            axes = None if attribute is None else np.asarray(attribute.as_ints())
-        keeps = "keepdims" not in node.attributes or is_flag(node, "keepdims")
+        constant = constant_of(node, 1)
+        axes = node.attributes.get_ints("axes") if constant is None else constant.tolist()
+        keeps = node.attributes.get_int("keepdims", 1)
         # From the front the channels are axis 1: convolutions alone are reduced so.
-        return axes is not None and keeps and axis < -1 and not {1, axis} & {int(i) for i in axes}
+        return axes is not None and bool(keeps) and axis < -1 and not {1, axis} & set(axes)
     if node.op_type == "Resize":
         scales = constant_of(node, 2)
         return scales is not None and scales.size > 1 and scales.reshape(-1)[axis] == 1
@@ -224,15 +226,14 @@ def _through_convolution(node: ir.Node, value: ir.Value, trace: _Trace) -> Seque
     weight = constant_of(node, 1)
     if weight is None or weight.ndim != 1 - trace.axis or (constant_of(node, 2) is None and len(node.inputs) > 2):
         raise _Stays(f"the weights of {node.name} are computed")
-    padding = node.attributes.get("auto_pad")
-    if padding is not None and padding.as_string() not in ("NOTSET", "VALID"):
-        raise _Stays(f"{node.name} pads by {padding.as_string()}")
+    if (padding := automatic_padding(node)) is not None:
+        raise _Stays(f"{node.name} pads by {padding}")
     if is_depthwise(node) and weight.shape[0] == trace.channels:
         trace.carriers |= dict.fromkeys((str(node.name), i, 0) for i in range(1, len(node.inputs)))
         return node.outputs
     if _groups(node) != 1:
         raise _Stays(f"{node.name} is grouped")
-    trace.consumers[str(node.name)] = _consumer(node, value)
+    trace.consumers[str(node.name)] = consumer_layer(node, value)
     return ()
 
 
@@ -272,7 +273,8 @@ def _gate(value: ir.Value, trace: _Trace) -> ir.Node | None:
     return node
 
 
-def _consumer(node: ir.Node, value: ir.Value) -> ConsumerLayer:
+def consumer_layer(node: ir.Node, value: ir.Value) -> ConsumerLayer:
+    """A layer as a reader of the channels of `value`."""
     output = node.outputs[0]
     return ConsumerLayer(str(node.name), str(value.name), str(output.name), residual_of(output))
 

@@ -17,7 +17,7 @@ from isthmus.artifacts.bundle import Blob, Segment, digest_of
 from isthmus.artifacts.gate import EXIT_CONFIDENCE, EXIT_SCORES
 from isthmus.artifacts.segment_id import SegmentId
 from isthmus.artifacts.tensors import TensorSpec
-from isthmus_tools.graph.node_writer import NodeWriter, initialiser, written_model
+from isthmus_tools.graph.node_writer import NodeWriter, declare, initialiser, written_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ def branch_segment(
     with `probabilities` a softmax, as the model's own are.
     """
     writer = _BranchWriter()
-    values = {spec.name: _graph_input(spec) for spec in inputs}
+    values = {spec.name: declare(ir.Value(name=spec.name), spec) for spec in inputs}
     parts = [writer.pool(pool, values[pool.tensor]) for pool in pools]
     features = parts[0] if len(parts) == 1 else writer.op("Concat", parts, "features", axis=1)
     logits = writer.linear(features, branch)
@@ -84,7 +84,7 @@ def branch_segment(
         TensorSpec(EXIT_CONFIDENCE, "float32", (batch,)),
     )
     for value, spec in zip((scores, confidence), specs, strict=True):
-        value.type, value.shape = _type(spec.dtype), _shape(spec)
+        declare(value, spec)
     model = written_model(list(values.values()), [scores, confidence], writer.nodes, writer.constants, "exit")
     data = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
     macs = int(branch.weights.size) + sum(_pool_macs(pool, spec) for pool, spec in zip(pools, inputs, strict=True))
@@ -187,18 +187,6 @@ class _BranchWriter:
             x = self.op("Unsqueeze", [x, self.numbers(*range(2, 2 + further))], "shaped")
         dtype = ir.DataType.from_numpy(DTYPES[output.dtype])
         return self.op("Cast", [x], EXIT_SCORES, to=dtype)
-
-
-def _graph_input(spec: TensorSpec) -> ir.Value:
-    return ir.Value(name=spec.name, type=_type(spec.dtype), shape=_shape(spec))
-
-
-def _type(dtype: str) -> ir.TensorType:
-    return ir.TensorType(ir.DataType.from_numpy(DTYPES[dtype]))
-
-
-def _shape(spec: TensorSpec) -> ir.Shape:
-    return ir.Shape([None if size == "?" else size for size in spec.shape])
 
 
 def _pool_macs(pool: TensorPool, spec: TensorSpec) -> int:

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from isthmus.arrays import DTYPES
 from isthmus.artifacts.bundle import Blob, Bundle, Segment, Weights, digest_of
 from isthmus.artifacts.segment_id import SegmentId
 from isthmus.artifacts.tensors import TensorSpec
@@ -23,6 +22,7 @@ from isthmus.errors import CutError
 from isthmus.registry.source import BLOBS, GRAPH, MANIFEST, SEGMENT, WEIGHTS, Located
 from isthmus_tools.graph.cuts import AnyCut, boundary_values, upstream_of
 from isthmus_tools.graph.model import Model
+from isthmus_tools.graph.node_writer import declare
 from isthmus_tools.graph.weights import ALIGNMENT, LOCATION, reference
 
 
@@ -146,9 +146,7 @@ def _declare_boundary_types(model: Model, graph: ir.Graph) -> None:
             if value not in boundary:
                 value.type = value.shape = None
     for value in boundary:
-        spec = model.specs[str(value.name)]
-        value.type = ir.TensorType(ir.DataType.from_numpy(DTYPES[spec.dtype]))
-        value.shape = ir.Shape([None if d == "?" else d for d in spec.shape])
+        declare(value, model.specs[str(value.name)])
     for body in graph.subgraphs():
         for node in body:
             for value in node.outputs:

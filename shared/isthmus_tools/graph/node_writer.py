@@ -7,6 +7,9 @@ from typing import Any
 
 import onnx_ir as ir
 
+from isthmus.arrays import DTYPES
+from isthmus.artifacts.tensors import TensorSpec
+
 MICROSOFT = "com.microsoft"
 # Operators with one output that onnxruntime alone has.
 _MICROSOFTS = ("MatMulNBits", "GatherBlockQuantized")
@@ -31,6 +34,13 @@ def initialiser(tensor: ir.TensorProtocol) -> ir.Value:
     """The value of a tensor that a graph brings itself, of the tensor's name."""
     kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
     return ir.Value(name=tensor.name, type=kind, shape=shape, const_value=tensor)
+
+
+def declare(value: ir.Value, spec: TensorSpec) -> ir.Value:
+    """The value with the dtype and the shape that its segment declares."""
+    value.type = ir.TensorType(ir.DataType.from_numpy(DTYPES[spec.dtype]))
+    value.shape = ir.Shape([None if size == "?" else size for size in spec.shape])
+    return value
 
 
 def written_model(

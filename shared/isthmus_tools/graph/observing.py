@@ -7,10 +7,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from isthmus.arrays import DTYPES
 from isthmus.artifacts.bundle import Blob, Segment, digest_of
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import ModelError
+from isthmus_tools.graph.node_writer import declare
 
 
 def observing(whole: Path, segment: Segment, specs: Sequence[TensorSpec]) -> tuple[bytes, Segment]:
@@ -28,10 +28,8 @@ def observing(whole: Path, segment: Segment, specs: Sequence[TensorSpec]) -> tup
     for spec in inner.values():
         if (value := values.get(spec.name)) is None:
             raise ModelError(f"the graph of segment {segment.id} has no value {spec.name}", value=spec.name)
-        value.type = ir.TensorType(ir.DataType.from_numpy(DTYPES[spec.dtype]))
-        value.shape = ir.Shape([None if size == "?" else size for size in spec.shape])
         # State stays an output too: GroupQueryAttention has no form without.
-        model.graph.outputs.append(value)
+        model.graph.outputs.append(declare(value, spec))
     data = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
     outputs = (*segment.outputs, *inner.values())
     return data, Segment(segment.id, Blob(digest_of(data), len(data)), segment.inputs, outputs, segment.weights)

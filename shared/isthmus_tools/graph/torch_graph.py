@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from isthmus.arrays import Array
 from isthmus.errors import ModelError
-from isthmus_tools.graph.channel_groups import constant_of
+from isthmus_tools.graph.channel_groups import automatic_padding, constant_of
 
 Attributes: TypeAlias = Mapping[str, Any]
 _LAYERS = ("Conv", "Gemm", "MatMul")
@@ -82,8 +82,7 @@ class TorchGraph:
 
 def _convolution(torch: Any, node: ir.Node) -> Callable[..., Any]:
     weight = constant_of(node, 1)
-    padding = node.attributes.get("auto_pad")
-    if weight is None or (padding is not None and padding.as_string() not in ("NOTSET", "VALID")):
+    if weight is None or automatic_padding(node) is not None:
         raise ModelError(f"distillation does not know the padding or weights of {node.name}")
     rank = weight.ndim - 2
     function = getattr(torch.nn.functional, f"conv{rank}d", None)

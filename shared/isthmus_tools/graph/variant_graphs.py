@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
-import onnx_ir as ir
 from msgspec import structs
 
 from isthmus.artifacts.bundle import Blob, Segment, digest_of
 from isthmus.artifacts.segment_id import SegmentId
-from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import ModelError
 from isthmus_tools.graph.load import refusals
 
@@ -53,21 +51,3 @@ def variant_segment(plain: Segment, name: str, graph: bytes, macs: int) -> Segme
     blob = Blob(digest_of(graph), len(graph))
     segment_id = SegmentId(plain.id.start, plain.id.stop, name)
     return structs.replace(plain, id=segment_id, graph=blob, weights=(), macs=macs)
-
-
-def observing(model: ir.Model, names: list[str], segment: Segment) -> tuple[bytes, Segment]:
-    """The part of a graph that computes some of its values, and its declaration, for runs that observe these.
-
-    Nodes that none of them needs are left out.
-    """
-    values = {str(v.name): v for node in model.graph for v in node.outputs} | {
-        str(v.name): v for v in model.graph.inputs
-    }
-    graph = ir.convenience.extract(model.graph, list(model.graph.inputs), [values[name] for name in names])
-    for value in graph.outputs:
-        # Inner values declare no type; what they are made of is float32 in every graph that compression takes.
-        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), None
-    data = ir.serde.serialize_model(ir.Model(graph, ir_version=model.ir_version, producer_name="isthmus"))
-    specs = tuple(TensorSpec(name, "float32", ()) for name in names)
-    text = data.SerializeToString(deterministic=True)
-    return text, structs.replace(segment, graph=Blob(digest_of(text), len(text)), outputs=specs, weights=())

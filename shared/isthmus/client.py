@@ -84,9 +84,9 @@ class Client:
     """Calls the router at `url`, e.g. http://127.0.0.1:8080/function/router.
 
     Units: timeout_s, in seconds, bounds each call and is sent as X-Timeout. Of an https URL `trust` says which CAs
-    vouch for it, and which certificate it is shown; by default the system's, and none. Without `exits` predictions are
-    the full model's. `api_key` is the caller's key or
-    token, by default that of the environment variable ISTHMUS_API_KEY; an empty one sends none.
+    vouch for it, and which certificate it is shown; by default the system's, and none. `api_key` is the caller's key or
+    token, by default that of the environment variable ISTHMUS_API_KEY; an empty one sends none. Without `exits`
+    predictions are the full model's.
 
     Raises:
         RequestMalformed: not an http or https URL.

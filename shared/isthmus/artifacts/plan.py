@@ -360,9 +360,7 @@ def to_json(plan: Plan) -> bytes:
     doc = builtins(plan)
     # Absent without a value, as in plans from before these fields: equal plans keep their digests.
     for candidate in doc["candidates"]:
-        _drop_absent(candidate, "closer_looks", "generation", "exit")
-        if not candidate["head"]:
-            del candidate["head"]
+        _drop_absent(candidate, "closer_looks", "generation", "exit", "head")
     _drop_absent(doc["constraints"], "first_token_s", "per_token_s", "private_ssim")
     _drop_absent(doc, "mix", "generation")
     data = canonical(doc)
@@ -372,7 +370,7 @@ def to_json(plan: Plan) -> bytes:
 
 def _drop_absent(document: dict[str, object], *names: str) -> None:
     for name in names:
-        if document[name] is None:
+        if document[name] in (None, ""):
             del document[name]
 
 

@@ -246,6 +246,12 @@ def parse_configuration(text: str, environment: dict[str, str], name: str = "tri
 
 
 def fill_variables(text: str, environment: dict[str, str], name: str) -> str:
+    """The text of the file `name` with the values of its `${VARIABLE}` and `${VARIABLE:-DEFAULT}`, except in comments.
+
+    Raises:
+        ConfigurationMalformed: a variable without a default is not set.
+    """
+
     def value(match: re.Match[str]) -> str:
         found = environment.get(match[1]) or match[2]
         if found is None:

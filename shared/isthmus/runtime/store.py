@@ -201,8 +201,8 @@ class SegmentStore:
             RequestMalformed: no exit can be behind the segment, or its branch is no classifier's.
             As `run`, for either of the two.
         """
-        branch_id = self.exit_branch(bundle, segment, deadline).id
-        branch, branch_load_s = self.timed_runner(bundle, branch_id, deadline)
+        declared = self.exit_branch(bundle, segment, deadline)
+        branch, branch_load_s = self.timed_runner(bundle, declared.id, deadline)
         ran = self.run(bundle, segment, arrays, deadline)
         # At once, in the request's own thread: a branch takes a hundredth of its head, and a second turn in the queue
         # would double the wait under load. Heads share runs as they do without an exit.

@@ -17,13 +17,7 @@ from isthmus.registry import Registry, SegmentCache
 from isthmus_tools.budget import UNLIMITED, Budget
 from isthmus_tools.graph import add_cuts, open_model
 from isthmus_tools.planner.candidates import CLOUD, EDGE, CandidateSet, check_profile, same_graph
-from isthmus_tools.planner.cut_search import (
-    CutSearch,
-    edge_fits,
-    measure_encoded_sizes,
-    min_boundary_bytes,
-    named_cuts,
-)
+from isthmus_tools.planner.cut_search import CutSearch, edge_fits, measure_encoded_sizes, min_boundary_bytes, named_cuts
 from isthmus_tools.planner.evaluation import Evaluator
 from isthmus_tools.planner.inputs import TrialInput
 from isthmus_tools.planner.offered import Offer, offered_codecs

@@ -34,7 +34,7 @@ _WHOLE_RUNS = 3
 # unless the first try took 100 ms, and never more than 10 times.
 _MIN_CODEC_S, _MAX_CODEC_S, _MAX_TRIES = 0.005, 0.1, 10
 # A plan's numbers are finite; a prediction without any relation to the right one has an error far below this.
-_MAX_ERROR = 1e9
+MAX_OUTPUT_ERROR = 1e9
 
 
 class TransferCosts(NamedTuple):
@@ -313,7 +313,7 @@ class Evaluator:
     def _error_of(self, pairs: Sequence[tuple[Mapping[str, Array], Mapping[str, Array]]]) -> Error:
         relative = max(output_error(self._measure, expected, outputs) for expected, outputs in pairs)
         differing = sum(not agrees(self._measure, expected, outputs) for expected, outputs in pairs)
-        return Error(min(relative, _MAX_ERROR), len(pairs), differing / len(pairs))
+        return Error(min(relative, MAX_OUTPUT_ERROR), len(pairs), differing / len(pairs))
 
 
 def _context() -> Context:

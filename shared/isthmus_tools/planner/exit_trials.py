@@ -17,12 +17,10 @@ from isthmus.pipeline.agreement import agrees, output_error
 from isthmus.routing.efficient import EXACT_ERROR
 from isthmus.runtime.early_exit import stands
 from isthmus_tools.planner.costs import CallBytes
-from isthmus_tools.planner.evaluation import BranchRuns, Evaluation
+from isthmus_tools.planner.evaluation import MAX_OUTPUT_ERROR, BranchRuns, Evaluation
 
 # The standard error of a share over 50 inputs is at most 0.07. Below that the gate's held-out inputs tell more.
 MIN_INPUTS = 50
-# A ridge head's scores have no scale to speak of; a plan's numbers are finite.
-_MAX_ERROR = 1e9
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def try_exit(bundle: Bundle, gate: Gate, runs: BranchRuns, further: Sequence[Map
     exits = every[: len(runs.answers)]
     early = [{**e, gate.output: a[EXIT_SCORES]} for e, a in zip(runs.expected, runs.answers, strict=True)]
     pairs = list(zip(runs.expected, early, strict=True))
-    error = statistics.fmean(min(_MAX_ERROR, output_error(measure, *pair)) for pair in pairs)
+    error = statistics.fmean(min(MAX_OUTPUT_ERROR, output_error(measure, *pair)) for pair in pairs)
     is_enough = len(every) >= MIN_INPUTS
     share = statistics.fmean(every) if is_enough else gate.share
     differing = sum(leaves and not agrees(measure, *pair) for leaves, pair in zip(exits, pairs, strict=True))

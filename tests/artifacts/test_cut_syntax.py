@@ -209,6 +209,8 @@ def test_every_command_with_cuts_has_the_same_option() -> None:
             "leak",
             "profile",
             "infer",
+            "fuse",
+            "leak",
             "why",
             "package",
             "chat",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -10,9 +11,11 @@ import pytest
 
 from isthmus.context import Context
 from isthmus.errors import IsthmusError, LearningError, RequestMalformed, ShapeMismatch
+from isthmus.pipeline.hop import HopReply
 from isthmus.wire.frame import Frame
 from isthmus_tools.learning.federated.averaging import NodeUpdate
 from isthmus_tools.learning.federated.rounds import Rounds, RoundTerms
+from isthmus_tools.learning.training.samples import Statistics
 from support.training import FAST
 
 torch = pytest.importorskip("torch")
@@ -20,8 +23,11 @@ torch = pytest.importorskip("torch")
 from isthmus_tools.learning.federated.server import RoundsServer  # noqa: E402
 from isthmus_tools.learning.split import messages  # noqa: E402
 from isthmus_tools.learning.split.cloud import CloudSide  # noqa: E402
+from isthmus_tools.learning.split.edge import EdgeLayers, SplitComputation  # noqa: E402
 from isthmus_tools.learning.split.messages import SplitTerms  # noqa: E402
 from isthmus_tools.learning.training.checkpoints import Checkpoints  # noqa: E402
+from isthmus_tools.learning.training.networks import Normalised  # noqa: E402
+from isthmus_tools.learning.training.trainer import TrainingBatch  # noqa: E402
 
 RUN = "sha256:" + "7" * 64
 ROWS = {"activations": np.ones((4, 6), "f4"), "targets": np.arange(4), "weights": np.ones(4, "f4")}
@@ -126,6 +132,56 @@ def test_a_damaged_checkpoint_of_the_cloud_leaves_the_one_before(tmp_path: Path)
     again = Cloud(tmp_path)
     assert again.checkpoints.steps() == [1]
     assert messages.position_of(again.join(checkpoints=[1, 2])) == 1
+
+
+class ForgedHop:
+    """The cloud in this process, with a change of each of its answers."""
+
+    name, encodes = "forged", False
+
+    def __init__(self, side: CloudSide, operation: str, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+        self.side, self.operation, self.tensor, self.forge = side, operation, name, change
+
+    def call(self, frame: Frame, context: Context) -> HopReply:
+        reply = self.side.exchange(frame, context)
+        if frame.segment == self.operation:
+            forged = {n: self.forge(a) if n == self.tensor else a for n, a in reply.tensors.items()}
+            reply = reply._replace(tensors=forged)
+        return HopReply(reply, 0.0)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+@pytest.mark.parametrize(
+    ("labels_stay", "operation", "tensor", "change"),
+    [
+        (False, messages.STEP, "gradients", lambda a: a[:1]),
+        (False, messages.STEP, "gradients", lambda a: a * np.float32(np.nan)),
+        (True, messages.FORWARD, "activations", lambda a: a[:1]),
+        (True, messages.FORWARD, "activations", lambda a: a[:, :2]),
+        (True, messages.BACKWARD, "gradients", lambda a: a[:, :2]),
+        (False, messages.PREDICT, "activations", lambda a: a[:1]),
+        (False, messages.PREDICT, "activations", lambda a: a[:, :2]),
+        (False, messages.WEIGHTS, "0.bias", lambda a: a[:2]),
+    ],
+)
+def test_an_answer_that_does_not_fit_stops_the_edge_with_its_name(
+    labels_stay: bool, operation: str, tensor: str, change: Callable[[np.ndarray], np.ndarray], tmp_path: Path
+) -> None:
+    cloud = Cloud(tmp_path, labels_stay=labels_stay)
+    end = torch.nn.Linear(5, 5) if labels_stay else None
+    layers = EdgeLayers(torch.nn.Linear(8, 6), end)
+    statistics = Statistics(np.zeros(8, np.float32), np.ones(8, np.float32))
+    hop = ForgedHop(cloud.side, operation, tensor, change)
+    computation = SplitComputation(Normalised(layers, statistics, 1), layers, hop, cloud.terms)
+    computation.join([0], [8], 5, 4)
+    batch = TrainingBatch(torch.ones(4, 8), torch.arange(4), torch.full((4,), 0.25))
+    same_form = torch.nn.Sequential(torch.nn.Linear(6, 7), torch.nn.ReLU(), torch.nn.Linear(7, 5))
+    with pytest.raises((LearningError, RequestMalformed), match=r"do not fit|NaN or infinity"):  # noqa: PT012
+        computation.backward(batch)
+        computation.scores(torch.ones(3, 8))
+        computation.load_cloud_weights(same_form)
 
 
 def rounds_server(momentum: float = 0.9) -> RoundsServer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from isthmus_tools.calibration.inputs import CalibrationInput
 from isthmus_tools.graph.channel_edits import EditableGraph, LayerGeometry, LayerWeights
 from isthmus_tools.graph.quantise import saturates
 from isthmus_tools.graph.variant_graphs import standalone
-from isthmus_tools.learning.compression.choice import choose_variant, dominated_by, parse_target
+from isthmus_tools.learning.compression.choice import THE_SEGMENT, choose_variant, dominated_by, parse_target
 from isthmus_tools.learning.compression.measurement import PlainFigures
 from isthmus_tools.learning.compression.pruning import ChannelPruner, sampled
 from isthmus_tools.learning.compression.repair import GramSums, ReadingLayer, eliminate, refit
@@ -171,6 +172,17 @@ def test_inputs_that_are_not_finite_are_refused_by_the_name_of_their_file(origin
 def test_too_few_inputs_are_refused(original: Published, tmp_path: Path) -> None:
     folder = write_inputs(tmp_path / "data", files=2, rows=3)
     assert "3 inputs to calibrate with; 8 are the least" in refusal(compress(original.folder, folder))["error"]
+
+
+def test_a_target_that_the_head_itself_meets_publishes_nothing_slower_and_larger(
+    original: Published, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whether it is slower depends on the machine.
+    module = sys.modules["isthmus_tools.usecases.compress"]
+    monkeypatch.setattr(module, "dominated_by", lambda *_: THE_SEGMENT)
+    options = ("--inputs", "16", "--method", "int8", "--target", "1s", "--json")
+    told = document(compress(original.folder, data, *options))
+    assert (told["version"], [each["published"] for each in told["variants"]]) == ("", [False])
 
 
 def test_targets_choose_the_fastest_that_agrees_or_the_one_that_agrees_most_in_time() -> None:

@@ -18,7 +18,7 @@ from isthmus.settings import RegistrySettings, SegmentSettings
 from isthmus_tools.calibration.boundary import SegmentExecutor
 from isthmus_tools.calibration.inputs import MIN_INPUTS, open_source, split
 from isthmus_tools.graph.variant_graphs import standalone
-from isthmus_tools.learning.compression.choice import choose_variant, dominated_by, parse_target
+from isthmus_tools.learning.compression.choice import THE_SEGMENT, choose_variant, dominated_by, parse_target
 from isthmus_tools.learning.compression.measurement import GraphCandidate, PlainFigures, measure_variants
 from isthmus_tools.learning.compression.methods import KEEP, METHODS, CompressionSpec, make_candidates
 from isthmus_tools.learning.compression.subject import HeadSubject, head_boundary, store_samples, with_scales
@@ -149,7 +149,10 @@ def compress(request: CompressRequest, progress: Progress = silent) -> CompressR
         )
         dominated = {v.name: by for v in variants if (by := dominated_by(v, variants, plain))}
         if targets:
-            chosen = [choose_variant(variants, targets)]
+            best = choose_variant(variants, targets)
+            # Slower and larger than the segment, which then meets the target without a loss.
+            is_useless = dominated.get(best.name) == THE_SEGMENT and not request.publish_dominated
+            chosen = [] if is_useless else [best]
         else:
             chosen = [v for v in variants if request.publish_dominated or v.name not in dominated]
         publication = None

@@ -14,6 +14,8 @@ from isthmus_tools.learning.compression.measurement import PlainFigures
 
 # Ratios of times that differ by less are noise of the machine.
 _NOISE = 0.03
+THE_SEGMENT = "the segment itself"
+"""What is better than a variant with no less time and no smaller graph."""
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,6})?)\s*%")
 
 
@@ -62,7 +64,7 @@ def dominated_by(variant: SegmentVariant, others: Sequence[SegmentVariant], plai
     """The name of a variant, or `the segment itself`, that is no worse in time, size and agreement; empty if none."""
     # The segment's own predictions are exact: only less time or a smaller graph speaks for a variant.
     if variant.seconds_ratio > 1 - _NOISE and variant.segment.graph.size >= plain.size:
-        return "the segment itself"
+        return THE_SEGMENT
     for other in others:
         if other.segment.id == variant.segment.id:
             continue

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,6 +114,7 @@ class SplitComputation:
         # Of this process: the cloud refuses calls of an edge after another has joined.
         self._process = secrets.token_hex(8)
         self.traffic = Traffic()
+        self._classes = 0
         self.step = 0
         """Optimiser steps that the cloud's side has applied."""
 
@@ -126,7 +128,7 @@ class SplitComputation:
             EPOCH_STEPS: [epoch_steps],
         }
         reply = self._call(JOIN, {name: np.asarray(values, np.int64) for name, values in numbers.items()})
-        self.step = position_of(reply)
+        self.step, self._classes = position_of(reply), classes
         return self.step
 
     def backward(self, batch: TrainingBatch) -> Tensor:
@@ -137,15 +139,18 @@ class SplitComputation:
             rows = {TARGETS: array_of(batch.targets), ROW_WEIGHTS: array_of(batch.weights)}
             reply = self._call(STEP, crossing | rows)
             # Not `tensor_of`: the trainer has the words for a loss that is not finite.
-            loss = torch.tensor(float(reply.tensors[LOSS][0]) if LOSS in reply.tensors else float("nan"))
+            told = reply.tensors.get(LOSS)
+            loss = torch.tensor(float(told[0]) if told is not None and told.shape == (1,) else float("nan"))
         else:
             # A leaf: gradients end here, and cross as a frame.
             middle = tensor_of(self._call(FORWARD, crossing), ACTIVATIONS).to(activations.device).requires_grad_()
-            loss = weighted_loss(self._layers.end(middle), batch.targets, batch.weights, self._smoothing)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with _fitting("activations"):
+                loss = weighted_loss(self._layers.end(middle), batch.targets, batch.weights, self._smoothing)
+                loss.backward()  # type: ignore[no-untyped-call]
             gradients = torch.zeros_like(middle) if middle.grad is None else middle.grad
             reply = self._call(BACKWARD, {GRADIENTS: array_of(gradients)})
-        activations.backward(tensor_of(reply, GRADIENTS).to(activations.device))
+        with _fitting("gradients"):
+            activations.backward(tensor_of(reply, GRADIENTS).to(activations.device))
         self.step = position_of(reply)
         return loss.detach()
 
@@ -153,7 +158,10 @@ class SplitComputation:
         """See `Computation.scores`."""
         activations = array_of(self._layers.head(self._network.normalised(inputs)))
         outputs = tensor_of(self._call(PREDICT, {ACTIVATIONS: activations}), ACTIVATIONS).to(inputs.device)
-        scores: Tensor = outputs if self._layers.end is None else self._layers.end(outputs)
+        with _fitting("scores"):
+            scores: Tensor = outputs if self._layers.end is None else self._layers.end(outputs)
+            if tuple(scores.shape) != (expected := (len(inputs), self._classes)):
+                raise ValueError(f"they are {tuple(scores.shape)}, not {expected}")
         return scores
 
     def save(self) -> None:
@@ -169,6 +177,16 @@ class SplitComputation:
         reply = self._call(WEIGHTS, {})
         return {name: tensor_of(reply, name) for name in reply.tensors}
 
+    def load_cloud_weights(self, layers: nn.Module) -> None:
+        """Load them into layers of the same form.
+
+        Raises:
+            LearningError: they are of other layers.
+        """
+        weights = self.cloud_weights()
+        with _fitting("weights"):
+            layers.load_state_dict(weights)
+
     def _call(self, operation: str, tensors: dict[str, Array]) -> Frame:
         frame = message(operation, self._terms, self.step, tensors, self._process)
         reply = self._hop.call(frame, Context.from_headers({}, longest_s=self._call_s))
@@ -176,6 +194,18 @@ class SplitComputation:
         self.traffic.received_bytes += reply.received_bytes
         self.traffic.calls += 1
         return reply.frame
+
+
+@contextmanager
+def _fitting(what: str) -> Iterator[None]:
+    """Name the other side where its tensors do not fit the edge's."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as e:  # of torch, for shapes and dtypes
+        raise LearningError(
+            f"the cloud's side answered with {what} that do not fit: {e}"[:500],
+            hint="both sides need the same version of Isthmus and the same file",
+        ) from e
 
 
 class SplitCheckpoints(Checkpoints):

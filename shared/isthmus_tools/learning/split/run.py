@@ -85,7 +85,7 @@ def fit_split(
     )
     result = train_edge(trainer, computation, checkpoints, data.input_shape, len(data.classes))
     # Slices of a sequence share its layers: the whole network gets these weights.
-    layers_behind_cut(network.network, labels_stay=terms.labels_stay)[0].load_state_dict(computation.cloud_weights())
+    computation.load_cloud_weights(layers_behind_cut(network.network, labels_stay=terms.labels_stay)[0])
     network.eval()
     on_end(computation.traffic)
     return TrainedNetwork(network.cpu(), result, time.monotonic() - began)

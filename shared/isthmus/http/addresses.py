@@ -46,6 +46,14 @@ def parse_address(text: str) -> Address:
     return ipaddress.ip_address(text.partition("%")[0])
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine's loopback interface: an address of that, or `localhost`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def is_near(host: str) -> bool:
     """Whether a host is this machine or a service of the cluster: a name without dots, such as faasd's gateway."""
     try:

@@ -7,7 +7,6 @@ Source: docs/reference/training.md.
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import threading
 import time
@@ -21,6 +20,7 @@ from waitress.server import create_server  # type: ignore[import-untyped]
 
 from isthmus.context import Context
 from isthmus.errors import LocalError, SettingsError
+from isthmus.http.addresses import is_loopback
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.protected_routes import open_protection, protected
 from isthmus.serving.request import FunctionRequest
@@ -84,7 +84,7 @@ class TrainingServer:
     def __init__(
         self, settings: SegmentSettings, exchange: Exchange, *, host: str = "127.0.0.1", port: int = 0
     ) -> None:
-        if not _is_loopback(host) and open_protection(settings) is None:
+        if not is_loopback(host) and open_protection(settings) is None:
             raise SettingsError(
                 f"the training would listen on {host}, beyond this machine, without the secret hop-keys",
                 variable="hop-keys",
@@ -142,10 +142,3 @@ def _listener(host: str, port: int) -> socket.socket:
             f"the training cannot listen on {host}:{port}: {e.strerror or e}",
             hint="choose another with --host or --port",
         ) from e
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import ipaddress
 import json
 import re
 from collections.abc import Awaitable, Callable
@@ -16,6 +15,7 @@ from aiohttp.http import SERVER_SOFTWARE
 
 import isthmus
 from isthmus.errors import IsthmusError, Missing, RequestMalformed
+from isthmus.http.addresses import is_loopback
 from isthmus_tools.engine.async_queue import AsyncQueue
 from isthmus_tools.engine.credentials import MAX_SECRET_BYTES, SecretFolder, authorizes
 from isthmus_tools.engine.fleet import NAMESPACE, Fleet, describe
@@ -214,7 +214,7 @@ def _same_machine(loopback: bool) -> Any:
 
     @web.middleware
     async def middleware(request: web.Request, handler: _Handler) -> web.StreamResponse:
-        if "Origin" in request.headers or (loopback and not _is_loopback(request.url.host)):
+        if "Origin" in request.headers or (loopback and not is_loopback(request.url.host or "")):
             return web.Response(status=403, text="/system is not for web pages")
         return await handler(request)
 
@@ -235,15 +235,6 @@ def _authenticated(password: str) -> Any:
         )
 
     return middleware
-
-
-def _is_loopback(host: str | None) -> bool:
-    if host is None or host == "localhost":
-        return host is not None
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 async def _without_own_name(request: web.Request, response: web.StreamResponse) -> None:

@@ -211,3 +211,18 @@ def test_finite_changes_that_would_add_up_to_infinity_are_refused() -> None:
         rounds.deliver(0, NodeUpdate("a", 1, {"w": np.full(2, -3e38, "f4")}))
     assert rounds.deliver(0, NodeUpdate("a", 1, {"w": np.full(2, 1e30, "f4")}))
     assert np.isfinite(rounds.weights["w"]).all()
+
+
+def test_a_round_without_a_checkpoint_ends_the_training_and_counts_once() -> None:
+    def full(*_: object) -> None:
+        raise LearningError("no checkpoint can be written")
+
+    now = [0.0]
+    rounds = Rounds({"w": np.zeros(2, "f4")}, RoundTerms(3, 1, 1, round_s=10), on_round=full, clock=lambda: now[0])
+    rounds.task("a")
+    with pytest.raises(LearningError, match="no checkpoint"):
+        rounds.deliver(0, NodeUpdate("a", 1, {"w": np.ones(2, "f4")}))
+    now[0] = 20.0
+    with pytest.raises(LearningError, match="no checkpoint"):
+        rounds.tick()
+    np.testing.assert_array_equal(rounds.weights["w"], [1, 1])

@@ -188,5 +188,10 @@ class Rounds:
         # Checkpoint first, under the lock: after a kill no node can have weights that the server does not know.
         self.number += 1
         self.records.append(record)
-        self._on_round(record, self)
+        try:
+            self._on_round(record, self)
+        except LearningError as e:
+            # Kept: else the round, still open, would end again and its updates count twice.
+            self.failure = e
+            raise
         self._open = None if self.is_over else _OpenRound(now, set(updates))

@@ -133,13 +133,16 @@ def test_a_killed_worker_is_named_and_the_resumed_run_trains_as_one_process_does
     assert_same(trained, alone)
 
 
-def test_a_pipeline_over_the_cut_trains_as_one_process_does(
-    data: PreparedData, alone: TrainedNetwork, tmp_path: Path
+def test_a_pipeline_over_the_cut_in_a_folder_relative_to_the_command_trains_as_one_process_does(
+    data: PreparedData, alone: TrainedNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained, _ = train(data, tmp_path, ProcessGroup(2, pipeline=True))
+    # As the default is, .isthmus/training/NAME; and `#` would end a URL.
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs #1")
+    trained, _ = train(data, folder, ProcessGroup(2, pipeline=True))
     assert_same(trained, alone)
     # Each process wrote the checkpoints of its own stage.
-    names = [set(_state(tmp_path, stage)["network"]) for stage in (0, 1)]
+    names = [set(_state(folder, stage)["network"]) for stage in (0, 1)]
     assert not names[0] & names[1]
     with pytest.raises(LearningError, match="not 3"):
         ProcessGroup(3, pipeline=True)

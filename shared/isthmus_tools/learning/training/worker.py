@@ -75,13 +75,15 @@ class _Worker:
         options = msgspec.structs.replace(job.config.training, device=self._device)
         # nccl has no CPUs, and gloo copies through these.
         with_gpu = self._device.startswith("cuda")
+        processes = int(os.environ["WORLD_SIZE"])
         # Only this machine's processes take part: nothing listens beyond it.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
         dist.init_process_group(
             "nccl" if with_gpu else "gloo",
-            init_method=f"file://{self._folder / f'group-{self._attempt}'}",
+            # Not as a URL, which would have to be absolute, and ends at a `#` in the path.
+            store=dist.FileStore(str(self._folder / f"group-{self._attempt}"), processes),
             rank=self.rank,
-            world_size=int(os.environ["WORLD_SIZE"]),
+            world_size=processes,
             timeout=timedelta(seconds=_STEP_S),
         )
         try:

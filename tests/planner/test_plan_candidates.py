@@ -16,7 +16,7 @@ from isthmus.artifacts.bundle import subject_digest
 from isthmus.artifacts.conditions import Conditions, Constraints
 from isthmus.artifacts.plan import Coding, Error, from_json, to_json
 from isthmus.artifacts.profile import SegmentCost, Timing
-from isthmus.errors import ConstraintMalformed, Infeasible, PlanMismatch
+from isthmus.errors import ConstraintMalformed, Infeasible, PlanMismatch, RequestMalformed
 from isthmus.processing.image_spec import made_shape
 from isthmus_tools.figures.plan import GraphCurves
 from isthmus_tools.planner import offered
@@ -24,6 +24,7 @@ from isthmus_tools.planner.choice import build_plan, choose, violations
 from isthmus_tools.planner.evaluation import Evaluator
 from isthmus_tools.planner.inputs import from_photos, random_inputs
 from isthmus_tools.planner.memory import MemoryModel, peak_bytes
+from isthmus_tools.usecases.sources import example_requests
 from support.bundles import Published, cache_of, pair_model, photo, publish, publish_photos, save, value, weight
 from support.bundles import photos as photos
 from support.candidate_sets import FAST, LINK, SLOW, evaluated
@@ -328,3 +329,16 @@ def test_the_shape_that_a_photo_becomes_is_known_where_it_is_fixed(steps: Any, s
 def test_no_link_is_infinitely_fast_or_a_number_that_is_none(photos: Published) -> None:
     with evaluated(photos, link=Conditions()) as candidate_set:
         assert all(math.isfinite(c.predicted.total) for c in candidate_set.predict(Conditions()))
+
+
+def test_example_requests_are_photos_of_all_folders_of_a_folder_by_class(tmp_path: Path) -> None:
+    bundle = publish_photos(tmp_path / "model").bundle
+    for i, name in enumerate(["cats", "dogs"]):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "1.png").write_bytes(photo(seed=i))
+    kind, requests = example_requests(bundle, [tmp_path / "data"], {}, random=1)
+    assert (kind, len(requests)) == ("photo", 2)
+    (tmp_path / "empty" / "sub").mkdir(parents=True)
+    with pytest.raises(RequestMalformed, match="holds no files") as refused:
+        example_requests(bundle, [tmp_path / "empty"], {}, random=1)
+    assert "--input" in refused.value.hint

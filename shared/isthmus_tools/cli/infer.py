@@ -176,7 +176,9 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
         # Hidden files are the system's: .DS_Store.
         files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         if not files:
-            raise RequestMalformed(f"{path} holds no files", path=str(path))
+            raise RequestMalformed(
+                f"{path} holds no files", path=str(path), hint="name the folders that hold the photos themselves"
+            )
         yield from files
 
 
@@ -226,7 +228,9 @@ def _show(path: Path, response: dict[str, Any]) -> None:
     way = served(route)
     codecs = ", ".join(dict.fromkeys(way["codecs"].values()))
     plan = f"plan {way['plan']}" if way["plan"] else "no plan"
-    say(f"{plan}; {f'codec {codecs}; ' if codecs else ''}{_sent(route)}")
+    # Sure of the class, the head's early exit answered, and no segment behind it ran.
+    ended = f"exit at {route['exit']}; " if route.get("exit") else ""
+    say(f"{plan}; {ended}{f'codec {codecs}; ' if codecs else ''}{_sent(route)}")
     say(f"{stages}\n")
 
 

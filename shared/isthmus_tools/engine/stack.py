@@ -113,6 +113,9 @@ def substitute(text: str, env: Mapping[str, str]) -> str:
     return _HOLE.sub(fill, text)
 
 
+_HINT = "run this from the repository's root, or name the file with --stack"
+
+
 def read_stack(path: Path, env: Mapping[str, str]) -> Stack:
     """Read a stack file, with the variables of `env`.
 
@@ -122,7 +125,7 @@ def read_stack(path: Path, env: Mapping[str, str]) -> Stack:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise LocalError(f"cannot read {path}: {e}", hint="run this from the repository's root") from e
+        raise LocalError(f"cannot read {path}: {e}", hint=_HINT) from e
     if len(text) > MAX_STACK_BYTES:
         raise LocalError(f"{path.name} has more than {MAX_STACK_BYTES} characters", limit=MAX_STACK_BYTES)
     try:
@@ -131,7 +134,7 @@ def read_stack(path: Path, env: Mapping[str, str]) -> Stack:
     except (yaml.YAMLError, RecursionError) as e:
         raise LocalError(f"{path.name} is not YAML: {e}") from e
     if not isinstance(doc, dict):
-        raise LocalError(f"{path.name} is no stack file", hint="run this from the repository's root")
+        raise LocalError(f"{path.name} is no stack file", hint=_HINT)
     top = _mapping(doc, path.name, TOP_KEYS)
     provider = _mapping(top.get("provider"), "provider", PROVIDER_KEYS)
     if provider.get("name") != "openfaas":

@@ -90,6 +90,7 @@ class MemberScores:
                 inputs=count,
                 needed=MIN_INPUTS,
                 missing=MIN_INPUTS - count,
+                hint="add inputs; behind an exit those alone count that do not exit",
             )
         if len(present) < 2:
             raise LearningError(

@@ -179,7 +179,9 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
         # Hidden files are the system's: .DS_Store.
         files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         if not files:
-            raise RequestMalformed(f"{path} holds no files", path=str(path))
+            raise RequestMalformed(
+                f"{path} holds no files", path=str(path), hint="name the folders that hold the photos themselves"
+            )
         yield from files
 
 

@@ -102,9 +102,13 @@ def further_photos(bundle: Bundle, photos: Sequence[Path], tensors: Mapping[str,
 
 
 def _sample(photos: Sequence[Path], most: int = MAX_EXAMPLES) -> list[Path]:
-    """At most `most` files, evenly spaced over the files and the folders' files."""
-    files = [f for p in photos for f in (sorted(q for q in p.iterdir() if q.is_file()) if p.is_dir() else [p])]
+    """At most `most` files, evenly spaced over the files and the folders' files, those of folders in these too."""
+    files: list[Path] = []
+    for path in photos:
+        # Hidden files are the system's: .DS_Store.
+        inside = (file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+        files += sorted(inside) if path.is_dir() else [path]
     if not files:
-        raise RequestMalformed(f"{photos[0]} holds no files")
+        raise RequestMalformed(f"{photos[0]} holds no files", hint="--input names photos, or folders with photos")
     # Over the whole list: folders are often sorted by class, and the first files would be of a single one.
     return files[:: math.ceil(len(files) / most)]

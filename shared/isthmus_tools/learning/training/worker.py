@@ -81,7 +81,9 @@ class _Worker:
         dist.init_process_group(
             "nccl" if with_gpu else "gloo",
             # Not as a URL, which would have to be absolute, and ends at a `#` in the path.
-            store=dist.FileStore(str(self._folder / f"group-{self._attempt}"), processes),
+            store=dist.FileStore(  # type: ignore[attr-defined]  # public, but not in __all__
+                str(self._folder / f"group-{self._attempt}"), processes
+            ),
             rank=self.rank,
             world_size=processes,
             timeout=timedelta(seconds=_STEP_S),

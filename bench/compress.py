@@ -30,7 +30,7 @@ NETWORKS = ("efficientnet-lite0", "ocr-detector")
 # Shares of the head's multiply-accumulates that pruning leaves.
 KEEP = (0.9, 0.75)
 # Inputs of a fold that calibrate, and held out: all that a run of some minutes allows.
-COUNTS, QUICK_COUNTS = (160, 250), (48, 48)
+COUNTS, QUICK_COUNTS = (128, 200), (32, 32)
 PLAIN_INT8, INT8, MIXED = "int8, onnxruntime's defaults", "int8, all layers", "int8"
 REPAIR_GOAL, INT8_TIME, PRUNED_TIME = 2.0, 0.75, 0.9
 

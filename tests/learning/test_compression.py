@@ -23,6 +23,7 @@ from isthmus.serving import create_segment_app
 from isthmus.wire import frame as frames
 from isthmus_tools.calibration.inputs import CalibrationInput
 from isthmus_tools.graph.channel_edits import EditableGraph, LayerGeometry, LayerWeights
+from isthmus_tools.graph.hard_swish import fuse_hard_swishes
 from isthmus_tools.graph.quantise import saturates
 from isthmus_tools.graph.variant_graphs import standalone
 from isthmus_tools.learning.compression.choice import THE_SEGMENT, choose_variant, dominated_by, parse_target
@@ -208,6 +209,7 @@ def test_a_variant_that_another_or_the_segment_beats_in_everything_is_dominated(
     assert dominated_by(best, [best, worse], plain) == ""
     assert dominated_by(variant("slow", ratio=1.1, size=2000), [], plain) == "the segment itself"
     assert dominated_by(variant("slow", ratio=1.1, size=1000), [], plain) == ""
+    assert dominated_by(variant("other", agreement=0.4, size=100), [], plain) == "the segment itself"
 
 
 def test_sums_of_products_saturate_on_x86_without_vnni(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,24 +320,31 @@ def test_sampled_features_times_the_weights_are_what_the_convolution_gives(
     np.testing.assert_allclose(x @ np.vstack([layer.matrix, bias]), y, atol=1e-4)
 
 
-def test_a_distilled_head_is_nearer_to_the_head_than_the_pruned_one(subject: HeadSubject, tmp_path: Path) -> None:
-    distillation = pytest.importorskip("isthmus_tools.learning.compression.distillation")
-    pruned = ChannelPruner(subject).prune(0.6, tmp_path / "pruned.onnx", repair=False)
-    path, steps = distillation.distil(subject, pruned.path, tmp_path / "distilled.onnx", steps=20)
-    again, _ = distillation.distil(subject, pruned.path, tmp_path / "again.onnx", steps=20)
-    inputs = {"x": np.random.default_rng(6).standard_normal((1, 3, 12, 12)).astype(np.float32)}
-    whole, before, after = (subject.runner(p).run(inputs)["a6"] for p in (subject.graph, pruned.path, path))
-    assert steps > 0
-    assert np.square(after - whole).sum() < np.square(before - whole).sum()
-    assert again.read_bytes() == path.read_bytes()
-
-
-def test_operators_that_distillation_does_not_know_are_named(tmp_path: Path) -> None:
-    torch_graph = pytest.importorskip("isthmus_tools.graph.torch_graph")
-    nodes = [helper.make_node("Softmax", ["x"], ["s"]), helper.make_node("Sin", ["s"], ["y"])]
-    model = save(tmp_path / "odd.onnx", nodes, [value("x", 1, 4)], [value("y", 1, 4)], [])
-    with pytest.raises(ModelError, match="does not know the operators Sin, Softmax"):
-        torch_graph.TorchGraph(EditableGraph(model).model)
+def test_hard_swishes_with_their_scales_become_two_operators_that_compute_the_same(tmp_path: Path) -> None:
+    constants = {"three": 3.0, "six": 6.0, "zero": 0.0, "a": 1.7, "b": -0.4, "s": 0.6, "t": 0.3}
+    numbers = [
+        numpy_helper.from_array(np.array([n] if len(name) == 1 else n, "f4"), name) for name, n in constants.items()
+    ]
+    chain = [
+        ("Conv", ["x", "w"], "c"),
+        ("Mul", ["a", "c"], "m"),
+        ("Add", ["m", "b"], "u"),
+        ("Add", ["u", "three"], "v"),
+        ("Clip", ["v", "zero", "six"], "k"),
+        ("Mul", ["u", "k"], "p"),
+        ("Div", ["p", "six"], "q"),
+        ("Mul", ["s", "q"], "r"),
+        ("Add", ["r", "t"], "y"),
+    ]
+    nodes = [helper.make_node(kind, inputs, [output], name=f"node_{output}") for kind, inputs, output in chain]
+    ends = [value("x", 1, 3, 6, 6)], [value("y", 1, 4, 6, 6)]
+    path = save(tmp_path / "swish.onnx", nodes, *ends, [*numbers, weight("w", 4, 3, 1, 1)])
+    inputs = [{"x": 4 * np.random.default_rng(8).standard_normal((1, 3, 6, 6)).astype(np.float32)}]
+    before = run_whole(path, inputs)[0]["y"]
+    assert fuse_hard_swishes(path) == 1
+    assert [node.op_type for node in EditableGraph(path).model.graph] == ["Conv", "HardSigmoid", "Mul", "Add"]
+    np.testing.assert_allclose(run_whole(path, inputs)[0]["y"], before, atol=1e-5)
+    assert fuse_hard_swishes(path) == 0
 
 
 def test_a_gate_loses_its_channels_with_those_that_it_scales(tmp_path: Path) -> None:

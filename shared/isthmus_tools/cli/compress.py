@@ -41,7 +41,7 @@ def compress(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="int8, weights-int8 and weights-int4 (of linear layers), prune, prune-int8 or distil; once or more."
+            help="int8, weights-int8 and weights-int4 (of linear layers), prune or prune-int8; once or more."
             " Those of the first four that apply if none."
         ),
     ] = None,
@@ -83,7 +83,8 @@ def compress(
 
     A variant takes and gives the head's own tensors, so that the tail need not change. Its size, its time on this
     machine beside the head's, its memory, and the share of held-out inputs with the model's own prediction are in the
-    bundle, and plans offer it. One that another beats in everything is shown and not published.
+    bundle, and plans offer it. One that another beats in everything, or that keeps less than half of the predictions,
+    is shown and not published.
 
     Example: `isthmus compress efficientnet-lite0 --data photos --cut 65 --method int8 --target 99%`
     """

@@ -21,6 +21,7 @@ from onnx_ir.passes import common as ir_passes
 from isthmus.arrays import Array
 from isthmus.errors import ModelError
 from isthmus_tools.graph.channel_groups import constant_of, is_flag, is_plain_gemm
+from isthmus_tools.graph.hard_swish import fuse_hard_swishes
 from isthmus_tools.graph.node_writer import MICROSOFT, NodeWriter, initialiser
 
 _LOGGERS = ("onnxruntime.quantization", "root")
@@ -62,6 +63,7 @@ class Quantiser:
             onnx.save(onnx.load(whole), single)
             self._tools.shape_inference.quant_pre_process(str(single), str(self._prepared), skip_symbolic_shape=True)
             _raise_opset(self._prepared)
+            fuse_hard_swishes(self._prepared)
             nodes = onnx.load(self._prepared, load_external_data=False).graph.node
         single.unlink()
         self.layers = tuple(node.name for node in nodes if node.op_type in _OPERATORS and node.name)

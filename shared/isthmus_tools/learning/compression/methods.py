@@ -118,21 +118,6 @@ def _prune_int8(workshop: Workshop) -> list[GraphCandidate]:
     ]
 
 
-def _distil(workshop: Workshop) -> list[GraphCandidate]:
-    # Imports torch, in seconds.
-    from isthmus_tools.learning.compression.distillation import distil, training_part
-
-    candidates, subject = list[GraphCandidate](), workshop.subject
-    pruner = ChannelPruner(training_part(subject), workshop.progress)
-    for share in workshop.spec.keep:
-        name = f"prune-{share:.0%}-distilled".replace("%", "")
-        place = workshop.place(name)
-        head = pruner.prune(share, place / "pruned.onnx")
-        path, steps = distil(subject, head.path, place / "distilled.onnx", workshop.progress)
-        candidates.append(GraphCandidate(name, f"{_pruning(head)}; {steps} steps of distillation", path, head.macs))
-    return candidates
-
-
 def _pruning(head: PrunedHead) -> str:
     return f"{head.kept} of {head.channels} channels left, the layers behind refit"
 
@@ -143,5 +128,4 @@ METHODS: Mapping[str, Callable[[Workshop], list[GraphCandidate]]] = {
     "weights-int4": _weights(4),
     "prune": _prune,
     "prune-int8": _prune_int8,
-    "distil": _distil,
 }

@@ -252,9 +252,10 @@ def test_the_processes_of_the_stack_are_measured_with_local(tmp_path: Path, monk
         whole_s = profile.whole.run.median
         assert set(profile.segments) == {"..", segment}
         assert sum(profile.nodes) == pytest.approx(whole_s)
-        # Convolutions, which onnxruntime ran under other names, have their times: most nodes are not next to nothing,
-        # however long the machine paused in one of them.
-        assert sum(seconds > 1e-4 * whole_s for seconds in profile.nodes) >= 60
+        # Convolutions, which onnxruntime ran under other names, have their times: most nodes are not next to nothing
+        # beside the middle one of these, however long the machine paused in some.
+        largest = sorted(profile.nodes, reverse=True)[:60]
+        assert largest[-1] > 1e-2 * largest[30]
 
 
 MODEL = "efficientnet-lite0-1"

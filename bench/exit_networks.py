@@ -331,8 +331,8 @@ def fit_emails(training: Labelled) -> Any:
 
         def pooled(self, ids: Any, mask: Any) -> Any:
             weights = mask.unsqueeze(2).to(torch.float32)
-            # Crosses every cut: the usual bias of the smallest float would overflow in an exit's pool of it.
-            bias = (1 - weights.transpose(1, 2).unsqueeze(1)) * -1e4
+            # As transformers computes it of a mask; it crosses every cut.
+            bias = (1 - weights.transpose(1, 2).unsqueeze(1)) * torch.finfo(torch.float32).min
             hidden = self.bert(input_ids=ids, attention_mask=bias).last_hidden_state
             return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
 

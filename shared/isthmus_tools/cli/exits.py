@@ -131,6 +131,8 @@ def exits(
         for each in result.fitted.candidates:
             if each.reason:
                 say(f"  {each.cut.name}: no exit, {each.reason}")
+            for tensor, reason in each.left_out.items():
+                say(f"  {each.cut.name}: without {tensor}, which {reason}")
         count = len(result.fitted.published)
         size = sum(branch.segment.graph.size for branch, _ in result.fitted.published)
         say(
@@ -201,6 +203,7 @@ def _document(each: ExitCandidate) -> dict[str, Any]:
         "bytes": each.cut.bytes,
         "published": not each.reason,
         "reason": each.reason,
+        "left_out": dict(each.left_out),
         "head": None
         if head is None or each.branch is None
         else {

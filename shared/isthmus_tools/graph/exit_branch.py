@@ -6,7 +6,7 @@ The weights are inside the graph: a branch has some thousand, and functions load
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,14 +20,27 @@ from isthmus.artifacts.tensors import TensorSpec
 from isthmus_tools.graph.node_writer import NodeWriter, declare, initialiser, written_model
 
 
+@dataclass(frozen=True)
+class TokenMask:
+    """A boundary tensor whose values above `above` mark real tokens, any of them along the axes between.
+
+    With `is_trailing` the last axis is of size 1, and tokens are along the second.
+    """
+
+    tensor: str
+    dtype: str
+    above: float
+    is_trailing: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class TensorPool:
     """How a boundary tensor becomes `width` features.
 
     `channels_last` moves channels to the second axis first, and `magnitudes` appends absolute values as further
     channels. `rows` and `columns` are matrices of means over cells of the last two axes; without, the mean over all
-    places. `extremes` adds the maximum over places, `first` the first place of a sequence. Shapes: rows
-    (cells, height), columns (places, cells), both float32.
+    places. `extremes` adds the maximum over places, `first` the first place of a sequence. With `mask` means and maxima
+    are those of a sequence's real tokens. Shapes: rows (cells, height), columns (places, cells), both float32.
     """
 
     tensor: str
@@ -39,6 +52,18 @@ class TensorPool:
     magnitudes: bool = False
     extremes: bool = False
     first: bool = False
+    mask: TokenMask | None = None
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The boundary tensors that it reads."""
+        return (self.tensor,) if self.mask is None else (self.tensor, self.mask.tensor)
+
+
+PADDED: Array = np.array(-1e9, np.float32)
+"""What padded tokens are to a maximum: below any activation, and finite where a text has no token at all."""
+LEAST_REAL: Array = np.array(1e-6, np.float32)
+"""The least share of real tokens in a mean: a cell without any is 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +98,7 @@ def branch_segment(
     """
     writer = _BranchWriter()
     values = {spec.name: declare(ir.Value(name=spec.name), spec) for spec in inputs}
-    parts = [writer.pool(pool, values[pool.tensor]) for pool in pools]
+    parts = [writer.pool(pool, values) for pool in pools]
     features = parts[0] if len(parts) == 1 else writer.op("Concat", parts, "features", axis=1)
     logits = writer.linear(features, branch)
     confidence = writer.confidence(logits, branch)
@@ -87,7 +112,8 @@ def branch_segment(
         declare(value, spec)
     model = written_model(list(values.values()), [scores, confidence], writer.nodes, writer.constants, "exit")
     data = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
-    macs = int(branch.weights.size) + sum(_pool_macs(pool, spec) for pool, spec in zip(pools, inputs, strict=True))
+    declared = {spec.name: spec for spec in inputs}
+    macs = int(branch.weights.size) + sum(_pool_macs(pool, declared[pool.tensor]) for pool in pools)
     return data, Segment(SegmentId(cut, cut), Blob(digest_of(data), len(data)), tuple(inputs), specs, (), macs)
 
 
@@ -116,8 +142,9 @@ class _BranchWriter:
     def numbers(self, *numbers: int) -> ir.Value:
         return self.constant(np.array(numbers, np.int64), "numbers")
 
-    def pool(self, pool: TensorPool, tensor: ir.Value) -> ir.Value:
+    def pool(self, pool: TensorPool, tensors: Mapping[str, ir.Value]) -> ir.Value:
         """Features of a tensor, as `learning.exits.features.pooled` computes."""
+        tensor = tensors[pool.tensor]
         rank = len(tensor.shape or ())
         x = tensor if pool.dtype == "float32" else self.op("Cast", [tensor], "float", to=ir.DataType.FLOAT)
         if pool.channels_last:
@@ -127,19 +154,42 @@ class _BranchWriter:
         if pool.magnitudes:
             x = self.op("Concat", [x, self.op("Abs", [x], "abs")], "signed_and_absolute", axis=1)
         places = self.numbers(*range(2, rank))  # the axes behind (batch, channels)
-        if pool.columns is None:
-            cells = self.op("ReduceMean", [x, places], "mean", keepdims=0)
-        else:
-            cells = self.op("MatMul", [x, self.constant(pool.columns, "columns")], "columns")
-            if pool.rows is not None:
-                cells = self.op("MatMul", [self.constant(pool.rows, "rows"), cells], "rows")
-            cells = self.op("Flatten", [cells], "cells", axis=1)
-        parts = [cells]
+        real = None if pool.mask is None else self._real_tokens(pool.mask, tensors[pool.mask.tensor])
+        summed = (
+            x
+            if real is None
+            else self.op("Where", [real, x, self.constant(np.array(0, np.float32), "none")], "real_only")
+        )
+        cells = self._means(pool, summed, places)
+        if real is not None:
+            shares = self._means(pool, self.op("Cast", [real], "real_ones", to=ir.DataType.FLOAT), places)
+            cells = self.op("Div", [cells, self.op("Max", [shares, self.constant(LEAST_REAL, "least")], "real")], "of")
+        parts = [self.op("Flatten", [cells], "cells", axis=1)]
         if pool.extremes:
-            parts.append(self.op("ReduceMax", [x, places], "max", keepdims=0))
+            # The first token stays what it is, with padding before the text too.
+            above = x if real is None else self.op("Where", [real, x, self.constant(PADDED, "padded")], "padded")
+            parts.append(self.op("ReduceMax", [above, places], "max", keepdims=0))
         if pool.first:
             parts.append(self.op("Gather", [x, self.constant(np.array(0, np.int64), "zero")], "first", axis=2))
         return parts[0] if len(parts) == 1 else self.op("Concat", parts, "pooled", axis=1)
+
+    def _means(self, pool: TensorPool, x: ir.Value, places: ir.Value) -> ir.Value:
+        """Means over cells, or over all places. Shapes: (batch, channels, cells…)."""
+        if pool.columns is None:
+            return self.op("ReduceMean", [x, places], "mean", keepdims=1)
+        cells = self.op("MatMul", [x, self.constant(pool.columns, "columns")], "columns")
+        return cells if pool.rows is None else self.op("MatMul", [self.constant(pool.rows, "rows"), cells], "rows")
+
+    def _real_tokens(self, mask: TokenMask, tensor: ir.Value) -> ir.Value:
+        """Whether tokens are real, as `learning.exits.padding.real_tokens`. Shapes: (batch, 1, tokens) bool."""
+        x = self.op("Cast", [tensor], "mask", to=ir.DataType.FLOAT)
+        rank = len(tensor.shape or ())
+        if mask.is_trailing:
+            x = self.op("Squeeze", [x, self.numbers(2)], "tokens")
+        elif rank > 2:
+            x = self.op("ReduceMax", [x, self.numbers(*range(1, rank - 1))], "attended", keepdims=0)
+        real = self.op("Greater", [x, self.constant(np.array(mask.above, np.float32), "above")], "is_real")
+        return self.op("Unsqueeze", [real, self.numbers(1)], "by_channel")
 
     def linear(self, features: ir.Value, branch: BranchWeights) -> ir.Value:
         """Logits. The mean is subtracted first: folded into the bias, large means would cost digits of float32."""

@@ -6,6 +6,7 @@ A pool is data: `graph.exit_branch` writes the same operations as nodes, in the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from isthmus.arrays import Array
 from isthmus.artifacts.tensors import TensorSpec
 from isthmus.errors import LearningError
 from isthmus_tools.calibration.layouts import plane_layout
-from isthmus_tools.graph.exit_branch import TensorPool
+from isthmus_tools.graph.exit_branch import LEAST_REAL, PADDED, TensorPool, TokenMask
+from isthmus_tools.learning.exits.padding import real_tokens
 
 MAX_FEATURES = 1280
 """Of a cut: the Gram matrix and its eigenvectors take 13 MB each, and the eigendecomposition a second."""
@@ -22,13 +24,16 @@ _MAX_CELLS = 7
 _MAX_RANK = 4
 
 
-def pools_for(specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> list[TensorPool]:
-    """The pools of a cut's float tensors; `arrays` are an example input's, in a batch of 1.
+def pools_for(
+    specs: Sequence[TensorSpec], arrays: Mapping[str, Array], masks: Sequence[TokenMask] = ()
+) -> list[TensorPool]:
+    """The pools of a cut's float tensors but for `masks`; `arrays` are an example input's, in a batch of 1.
 
     Raises:
         LearningError: no tensor of floats with the batch first, or more channels than features.
     """
-    usable = [spec for spec in specs if _is_usable(spec, arrays[spec.name])]
+    hidden = {mask.tensor for mask in masks}
+    usable = [spec for spec in specs if spec.name not in hidden and _is_usable(spec, arrays[spec.name])]
     if not usable:
         names = ", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in specs)
         raise LearningError(f"nothing at this cut can be pooled: {names}")
@@ -36,8 +41,10 @@ def pools_for(specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> list[
     left_over = MAX_FEATURES
     # Small tensors first, such as masks, so that the large ones share what is left of the features.
     for index, spec in enumerate(sorted(usable, key=lambda spec: arrays[spec.name].size)):
-        pools[spec.name] = _pool(spec, arrays[spec.name], left_over // (len(usable) - index))
-        left_over -= pools[spec.name].width
+        with np.errstate(over="ignore", invalid="ignore"):
+            pool = _pool(spec, arrays[spec.name], left_over // (len(usable) - index))
+        pools[spec.name] = replace(pool, mask=_mask_of(pool, arrays, masks))
+        left_over -= pool.width
     if left_over < 0:
         width = MAX_FEATURES - left_over
         raise LearningError(f"the cut has {width} features even as means; at most {MAX_FEATURES} are fitted")
@@ -46,12 +53,14 @@ def pools_for(specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> list[
 
 def features_of(pools: Sequence[TensorPool], arrays: Mapping[str, Array]) -> Array:
     """Features of a batch. Shapes: (batch, features) float32."""
-    return np.concatenate([pooled(pool, arrays[pool.tensor]) for pool in pools], axis=1)
+    # A float too large for a mean is infinity, as in the graph: the fit leaves such features out.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.concatenate([pooled(pool, arrays) for pool in pools], axis=1)
 
 
-def pooled(pool: TensorPool, array: Array) -> Array:
+def pooled(pool: TensorPool, arrays: Mapping[str, Array]) -> Array:
     """The features of a tensor. Shapes: (batch, width) float32."""
-    x = array.astype(np.float32)
+    x = arrays[pool.tensor].astype(np.float32)
     if pool.channels_last:
         x = np.moveaxis(x, -1, 1)  # (batch, channels, places…)
     batch = len(x)
@@ -60,17 +69,35 @@ def pooled(pool: TensorPool, array: Array) -> Array:
         return x if pool.columns is None else x @ pool.columns
     if pool.magnitudes:
         x = np.concatenate([x, np.abs(x)], axis=1)
-    cells = x.mean(axis=tuple(range(2, x.ndim)), dtype=np.float32)[..., None] if pool.columns is None else x
-    if pool.columns is not None:
-        cells = x @ pool.columns
-    if pool.rows is not None:
-        cells = pool.rows @ cells  # (batch, channels, cells, cells)
+    real = None if pool.mask is None else real_tokens(pool.mask, arrays[pool.mask.tensor])[:, None]
+    cells = _means(pool, x if real is None else np.where(real, x, np.float32(0)))
+    if real is not None:
+        cells = cells / np.maximum(_means(pool, real.astype(np.float32)), LEAST_REAL)
     parts = [cells.reshape(batch, -1)]
     if pool.extremes:
-        parts.append(x.max(axis=tuple(range(2, x.ndim))))
+        values = x if real is None else np.where(real, x, PADDED)
+        parts.append(values.max(axis=tuple(range(2, x.ndim))))
     if pool.first:
         parts.append(x[:, :, 0])
     return np.concatenate(parts, axis=1)
+
+
+def _means(pool: TensorPool, x: Array) -> Array:
+    """Means over cells, or over all places. Shapes: (batch, channels, cells…)."""
+    if pool.columns is None:
+        means: Array = x.mean(axis=tuple(range(2, x.ndim)), dtype=np.float32, keepdims=True)
+        return means
+    cells: Array = x @ pool.columns
+    # (batch, channels, cells, cells)
+    return cells if pool.rows is None else np.matmul(pool.rows, cells)
+
+
+def _mask_of(pool: TensorPool, arrays: Mapping[str, Array], masks: Sequence[TokenMask]) -> TokenMask | None:
+    """The mask with a value for each place of a sequence."""
+    x = arrays[pool.tensor]
+    places = x.shape[1 if pool.channels_last else 2] if x.ndim == 3 else 0
+    fitting = (mask for mask in masks if arrays[mask.tensor].shape[1 if mask.is_trailing else -1] == places)
+    return next(fitting, None)
 
 
 def _is_usable(spec: TensorSpec, array: Array) -> bool:

@@ -7,7 +7,7 @@ divide the risk of error among themselves.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,7 @@ class ExitCandidate:
     """A cut as a place for an exit: its head, and the gate on held-out inputs.
 
     `reason` says why it is not published, empty otherwise. `head`, `branch` and `measured` are None where no tensor can
-    be pooled.
+    be pooled. `left_out` says of boundary tensors why these are no features.
     """
 
     cut: Cut
@@ -58,6 +58,7 @@ class ExitCandidate:
     head: FittedHead | None = None
     branch: BranchGraph | None = None
     measured: MeasuredExit | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def fit_exits(
         for cut, each in exits.items()
     }
     candidates = [
-        ExitCandidate(cut, reason)
+        ExitCandidate(cut, reason, left_out=observed.left_out.get(cut.name, {}))
         if (reason := observed.refused.get(cut.name)) is not None
         else ExitCandidate(
             cut,
@@ -118,6 +119,7 @@ def fit_exits(
             heads[cut.name],
             branches[cut.name],
             measured[cut.name],
+            observed.left_out[cut.name],
         )
         for cut in spec.cuts
     ]
@@ -176,7 +178,7 @@ def _branch(spec: ExitSpec, observed: ObservedInputs, cut: str, head: FittedHead
     tensors = {tensor.name: tensor for tensor in spec.bundle.cuts[cut].tensors}
     graph, segment = branch_segment(
         cut,
-        [tensors[pool.tensor] for pool in pools],
+        [tensors[name] for name in dict.fromkeys(name for pool in pools for name in pool.tensors)],
         pools,
         head.branch,
         spec.classes.output,

@@ -21,11 +21,16 @@ from isthmus_tools.graph.exit_branch import TensorPool
 from isthmus_tools.graph.observing import observing
 from isthmus_tools.learning.classes import ModelClasses
 from isthmus_tools.learning.exits.features import features_of, pools_for
+from isthmus_tools.learning.exits.padding import token_masks
 from isthmus_tools.learning.labelled import LabelledData
 from isthmus_tools.progress import Progress
 
 # Inputs of a run, where the model takes any number: early activations have megabytes each.
 _BATCH = 16
+# Inputs, drawn at random, that show which boundary tensors are masks.
+_SAMPLE = 64
+# A mean beyond is no activation's: biases of masks are sums of such numbers, and would hide all else.
+_MAX_FEATURE = 1e8
 # Softmax underflows to 0, and no regression has infinite targets.
 _MIN_PROBABILITY = 1e-7
 
@@ -70,8 +75,8 @@ class ActivationObserver:
 class ObservedInputs:
     """The data of a fit: features of each cut that can be pooled, and the model's logits.
 
-    `refused` says of other cuts why not. Shapes: features (inputs, width) and logits (inputs, classes), both float32 in
-    files that memory maps.
+    `refused` says of other cuts why not, and `left_out` of boundary tensors by cut. Shapes: features (inputs, width)
+    and logits (inputs, classes), both float32 in files that memory maps.
     """
 
     pools: Mapping[str, Sequence[TensorPool]]
@@ -79,6 +84,7 @@ class ObservedInputs:
     logits: Array
     are_probabilities: bool
     refused: Mapping[str, str]
+    left_out: Mapping[str, Mapping[str, str]]
 
 
 def observe(
@@ -89,6 +95,8 @@ def observe(
     Raises:
         LearningError: as `ActivationObserver.batches`.
     """
+    sample = (tensors for _, tensors, _ in observer.batches(data.sample(_SAMPLE), progress, "looking for masks"))
+    masks = token_masks(list({spec.name: spec for cut in cuts for spec in cut.tensors}.values()), sample)
     batches = observer.batches(data, progress, "running the model on inputs to fit")
     first = next(batches)
     _, tensors, scores = first
@@ -96,7 +104,8 @@ def observe(
     refused: dict[str, str] = {}
     for cut in cuts:
         try:
-            pools[cut.name] = pools_for(cut.tensors, {spec.name: tensors[spec.name][:1] for spec in cut.tensors})
+            example = {spec.name: tensors[spec.name][:1] for spec in cut.tensors}
+            pools[cut.name] = pools_for(cut.tensors, example, [mask for mask in masks if mask.tensor in example])
         except LearningError as e:
             refused[cut.name] = e.message
     widths = {name: sum(pool.width for pool in each) for name, each in pools.items()}
@@ -111,7 +120,46 @@ def observe(
     probabilities = are_probabilities(logits)
     if probabilities:
         logits[:] = np.log(np.maximum(logits, _MIN_PROBABILITY))
-    return ObservedInputs(pools, features, logits, probabilities, refused)
+    left_out = {name: _useless(each, features[name]) for name, each in pools.items()}
+    for name in [name for name, reasons in left_out.items() if reasons]:
+        kept = [pool for pool in pools[name] if pool.tensor not in left_out[name]]
+        if kept:
+            features[name] = _columns(pools[name], features[name], kept, folder / f"{name}.kept")
+            pools[name] = kept
+        else:
+            refused[name] = "no feature: " + "; ".join(f"{tensor} {why}" for tensor, why in left_out[name].items())
+            del pools[name], features[name]
+    return ObservedInputs(pools, features, logits, probabilities, refused, left_out)
+
+
+def _useless(pools: Sequence[TensorPool], features: Array) -> dict[str, str]:
+    """Tensors whose features tell nothing, and why. A head without such a tensor is smaller, and finite."""
+    reasons: dict[str, str] = {}
+    for pool, columns in _ranges(pools):
+        least, most = features[:, columns].min(axis=0), features[:, columns].max(axis=0)
+        if not (np.isfinite(least).all() and np.isfinite(most).all()):
+            reasons[pool.tensor] = "has features that are not finite"
+        elif max(np.abs(least).max(), np.abs(most).max()) > _MAX_FEATURE:
+            reasons[pool.tensor] = f"has features beyond {_MAX_FEATURE:.0e}"
+        elif (least == most).all():
+            reasons[pool.tensor] = "is the same for all inputs"
+    return reasons
+
+
+def _ranges(pools: Sequence[TensorPool]) -> Iterator[tuple[TensorPool, slice]]:
+    start = 0
+    for pool in pools:
+        yield pool, slice(start, start + pool.width)
+        start += pool.width
+
+
+def _columns(pools: Sequence[TensorPool], features: Array, kept: Sequence[TensorPool], path: Path) -> Array:
+    """The features of some of `pools`, in a file of their own."""
+    own = _mapped(path, len(features), sum(pool.width for pool in kept))
+    parts = [columns for pool, columns in _ranges(pools) if pool in kept]
+    for (_, into), columns in zip(_ranges(kept), parts, strict=True):
+        own[:, into] = features[:, columns]
+    return own
 
 
 def _mapped(path: Path, rows: int, columns: int) -> Array:

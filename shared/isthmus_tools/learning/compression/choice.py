@@ -15,7 +15,9 @@ from isthmus_tools.learning.compression.measurement import PlainFigures
 # Ratios of times that differ by less are noise of the machine.
 _NOISE = 0.03
 THE_SEGMENT = "the segment itself"
-"""What is better than a variant that saves neither time nor bytes, or loses most predictions."""
+"""What is better than a variant with no less time and no smaller graph."""
+AGREES_MORE = "the segment itself in agreement"
+"""What is better than a variant that loses most predictions, unless a target asks for that one."""
 # Of predictions: nobody serves a head that changes most of them, however fast.
 _LEAST_AGREEMENT = 0.5
 _PERCENT = re.compile(r"(\d{1,3}(?:\.\d{1,6})?)\s*%")
@@ -66,7 +68,7 @@ def dominated_by(variant: SegmentVariant, others: Sequence[SegmentVariant], plai
     """The name of a variant, or `the segment itself`, that is no worse in time, size and agreement; empty if none."""
     # The segment's own predictions are exact: only less time or a smaller graph speaks for a variant.
     if variant.agreement < _LEAST_AGREEMENT:
-        return THE_SEGMENT
+        return AGREES_MORE
     if variant.seconds_ratio > 1 - _NOISE and variant.segment.graph.size >= plain.size:
         return THE_SEGMENT
     for other in others:

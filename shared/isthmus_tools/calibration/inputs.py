@@ -22,6 +22,9 @@ MAX_FILES = 100_000
 MIN_INPUTS = 16
 """Half of the inputs calibrate; agreement measured on fewer than the other eight would say next to nothing."""
 
+LABELS = "labels"
+"""The array with classes beside the inputs in .npz files."""
+
 # Smaller crops would often leave the subject of a photo out.
 _MIN_CROP = 0.4
 
@@ -55,7 +58,7 @@ def open_source(bundle: Bundle, files: Sequence[Path], name: str, count: int, se
     Raises:
         CalibrationError: neither kind, both, too few files, or photos for a model without pre-processing.
     """
-    usable = [(path, kind) for path in files if (kind := _kind(path))]
+    usable = [(path, kind) for path in files if (kind := file_kind(path))]
     kinds = {kind for _, kind in usable}
     paths = [path for path, _ in usable]
     if len(kinds) != 1 or len(paths) < 2:
@@ -170,7 +173,10 @@ class ArraySource:
                 yield CalibrationInput(str(path), arrays)
 
     def _rows(self, path: Path, limit: int) -> Iterator[dict[str, Array]]:
-        loaded = _load(path, self._specs)
+        loaded = named_arrays(path, self._specs)
+        # Labels beside the inputs are for learning.
+        if LABELS not in (spec.name for spec in self._specs):
+            loaded.pop(LABELS, None)
         stacked = {s.name: loaded[s.name].ndim == len(s.shape) + 1 for s in self._specs if s.name in loaded}
         rows = {loaded[name].shape[0] for name, is_stack in stacked.items() if is_stack}
         if len(rows) > 1:
@@ -184,14 +190,18 @@ class ArraySource:
             yield arrays
 
 
-def _load(path: Path, specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
+def named_arrays(path: Path, specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
+    """The arrays of a file by name; the single array of an .npy file has the name of the model's only input.
+
+    Raises:
+        CalibrationError: unreadable, or a single array for a model of several inputs.
+    """
     try:
         loaded = array_files.read(path)
     except ValueError as e:
         raise CalibrationError(f"{e}", file=str(path)) from e
     if isinstance(loaded, Mapping):
-        # Labels beside the inputs are for learning.
-        return {name: array for name, array in loaded.items() if name != "labels" or name in (s.name for s in specs)}
+        return dict(loaded)
     if len(specs) != 1:
         raise CalibrationError(
             f"{path} holds one array, and the model takes {', '.join(s.name for s in specs)}",
@@ -201,7 +211,8 @@ def _load(path: Path, specs: tuple[TensorSpec, ...]) -> dict[str, Array]:
     return {specs[0].name: loaded}
 
 
-def _kind(path: Path) -> str:
+def file_kind(path: Path) -> str:
+    """`arrays` or `photos`; empty for any other file."""
     if path.suffix in (".npy", ".npz"):
         return "arrays"
     try:

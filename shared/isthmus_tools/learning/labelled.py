@@ -14,14 +14,10 @@ import numpy as np
 from isthmus.arrays import Array, check_tensors
 from isthmus.artifacts.bundle import Bundle
 from isthmus.artifacts.tensors import TensorSpec
-from isthmus.errors import LearningError, RequestError, ShapeMismatch
-from isthmus.processing.media import looks_like_image
-from isthmus_tools import array_files
-from isthmus_tools.calibration.inputs import list_files
+from isthmus.errors import CalibrationError, LearningError, RequestError, ShapeMismatch
+from isthmus_tools.calibration.inputs import LABELS, file_kind, list_files, named_arrays
 from isthmus_tools.learning.classes import ModelClasses, read_label_file
 
-LABELS = "labels"
-"""The array with labels in .npz files."""
 # Array files stay in memory up to this size; beyond, the file that was read first is read again.
 _CACHED_BYTES = 2**30
 
@@ -98,7 +94,7 @@ def open_labelled(
         CalibrationError: the folder cannot be read, or has no files.
     """
     files = [folder] if folder.is_file() else list_files(folder)
-    usable = {path: kind for path in files if path != labels and (kind := _kind(path))}
+    usable = {path: kind for path in files if path != labels and (kind := file_kind(path))}
     kinds = set(usable.values())
     if len(kinds) != 1:
         raise LearningError(
@@ -228,22 +224,14 @@ class _ArrayFiles:
         if (cached := self._files.get(path)) is not None:
             return cached
         try:
-            content = array_files.read(path)
-        except ValueError as e:
-            raise LearningError(f"{e}", file=str(path)) from e
-        if isinstance(content, np.ndarray):
-            if len(self._specs) != 1:
-                raise LearningError(
-                    f"{path} holds one array, and the model takes {', '.join(s.name for s in self._specs)}",
-                    file=str(path),
-                    hint="write them to one .npz file under those names",
-                )
-            content = {self._specs[0].name: content}
+            content = named_arrays(path, self._specs)
+        except CalibrationError as e:
+            raise LearningError(e.message, hint=e.hint, **e.facts) from e
         # A single file beyond the bound still has to be in memory while its rows are read.
         while self._files and sum(a.nbytes for f in self._files.values() for a in f.values()) > _CACHED_BYTES:
             del self._files[next(iter(self._files))]
-        self._files[path] = dict(content)
-        return self._files[path]
+        self._files[path] = content
+        return content
 
 
 def _labels(data: LabelledData, folder: Path, file: Path | None) -> tuple[Sequence[object] | None, str]:
@@ -282,13 +270,3 @@ def _from_file(data: LabelledData, folder: Path, file: Path) -> Sequence[object]
             f"{file} has a label of {min(unknown)}, which is no input in {folder}", unknown=sorted(unknown)[:10]
         )
     return [text for text in texts if text is not None]
-
-
-def _kind(path: Path) -> str:
-    if path.suffix in (".npy", ".npz"):
-        return "arrays"
-    try:
-        with path.open("rb") as file:
-            return "photos" if looks_like_image(file.read(64)) else ""
-    except OSError:
-        return ""

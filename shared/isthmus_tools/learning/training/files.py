@@ -20,13 +20,13 @@ from isthmus.processing.media import looks_like_image
 from isthmus.registry import open_blob_store
 from isthmus.settings import RegistrySettings
 from isthmus_tools import array_files
-from isthmus_tools.calibration.inputs import list_files
+from isthmus_tools.calibration.inputs import LABELS, list_files
 from isthmus_tools.learning.training.config import DataTable, FileSource
 from isthmus_tools.learning.training.samples import RawSample
 from isthmus_tools.progress import Progress, silent
 
-# Beside the inputs in an .npz file.
-_LABELS, _GROUPS = "labels", "groups"
+# Beside inputs and labels in an .npz file.
+_GROUPS = "groups"
 # numpy's kinds of dtypes: bool, signed, unsigned, float.
 _NUMBERS = frozenset("biuf")
 _MISSING_TEXTS = frozenset(("", "?", "na", "nan", "null", "none"))
@@ -101,7 +101,7 @@ def _folder_label(file: Path, root: Path) -> str:
         raise LearningError(
             f"{file} has no label: it lies in no folder of a class",
             file=str(file),
-            hint=f"move it to {root / 'CLASS' / file.name}, or give .npz files with an array {_LABELS!r}",
+            hint=f"move it to {root / 'CLASS' / file.name}, or give .npz files with an array {LABELS!r}",
         )
     return parts[0]
 
@@ -125,14 +125,14 @@ def _arrays(file: Path) -> Iterator[RawSample]:
     """Rows of an .npz file with labels."""
     content = _loaded(file)
     arrays = dict(content) if isinstance(content, Mapping) else {}
-    labels, groups = arrays.pop(_LABELS, None), arrays.pop(_GROUPS, None)
+    labels, groups = arrays.pop(LABELS, None), arrays.pop(_GROUPS, None)
     if labels is None:
         raise LearningError(
-            f"{file} has no labels", file=str(file), hint=f"add an array {_LABELS!r} with one for each row"
+            f"{file} has no labels", file=str(file), hint=f"add an array {LABELS!r} with one for each row"
         )
     if len(arrays) != 1:
         raise LearningError(
-            f"{file} holds {', '.join(arrays) or 'nothing'} beside {_LABELS!r}; one array of inputs is read",
+            f"{file} holds {', '.join(arrays) or 'nothing'} beside {LABELS!r}; one array of inputs is read",
             file=str(file),
         )
     # Any name: the configuration names the model's input.
@@ -143,7 +143,7 @@ def _arrays(file: Path) -> Iterator[RawSample]:
             f"{file} holds inputs of {inputs.dtype} {list(inputs.shape)}; they are numbers, a row for each input",
             file=str(file),
         )
-    for name, each in ((_LABELS, labels), (_GROUPS, groups)):
+    for name, each in ((LABELS, labels), (_GROUPS, groups)):
         if each is not None and each.shape != inputs.shape[:1]:
             found = f"{len(each)} {name}" if each.ndim == 1 else f"{name} of shape {list(each.shape)}"
             raise LearningError(f"{file} holds {len(inputs)} inputs and {found}", file=str(file))

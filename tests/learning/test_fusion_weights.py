@@ -13,7 +13,7 @@ from isthmus.arrays import Array
 from isthmus.errors import LearningError
 from isthmus.pipeline.fusion import MIN_PROBABILITY, centred_scores
 from isthmus.processing.classify import softmax
-from isthmus_tools.learning.fusion import FOLDS, MemberScores, fit_fusion, paired_gain, ridge_weights
+from isthmus_tools.learning.fusion import FOLDS, MemberScores, NormalEquations, fit_fusion, paired_gain, ridge_weights
 
 CLASSES = 4
 
@@ -34,7 +34,7 @@ def test_weights_of_members_are_the_closed_form_of_scikit_learn(penalty: float) 
     # Each class of each input is a row of the regression, each member a column.
     rows = scores.transpose(0, 2, 1).reshape(-1, 3)
     oracle = Ridge(alpha=penalty, fit_intercept=False).fit(rows, data.target.ravel())
-    weights = ridge_weights(scores, data.target, penalty, per_class=False)
+    weights = ridge_weights(NormalEquations.of(scores, data.target), penalty, per_class=False)
     np.testing.assert_allclose(weights, oracle.coef_[:, None], rtol=1e-9)
 
 
@@ -42,7 +42,7 @@ def test_weights_of_members_are_the_closed_form_of_scikit_learn(penalty: float) 
 def test_weights_of_members_and_classes_are_the_closed_form_of_scikit_learn(penalty: float) -> None:
     data = members(noise=(1.5, 0.7, 3.0))
     scores = data.centred("probabilities")
-    weights = ridge_weights(scores, data.target, penalty, per_class=True)
+    weights = ridge_weights(NormalEquations.of(scores, data.target), penalty, per_class=True)
     for c in range(CLASSES):
         oracle = Ridge(alpha=penalty, fit_intercept=False).fit(scores[:, :, c], data.target[:, c])
         np.testing.assert_allclose(weights[:, c], oracle.coef_, rtol=1e-9)

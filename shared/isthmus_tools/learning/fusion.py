@@ -162,14 +162,6 @@ def require_gain(fitted: FittedFusion, data: MemberScores, hint: str = "") -> No
     )
 
 
-def ridge_weights(scores: Array, target: Array, penalty: float, *, per_class: bool) -> Array:
-    """The closed form of the ridge regression, without an intercept.
-
-    Shapes: scores (inputs, members, classes), target (inputs, classes); weights (members, classes) or (members, 1).
-    """
-    return _solve(NormalEquations.of(scores, target), penalty, per_class)
-
-
 def fit_fusion(data: MemberScores, reference: int | None = None, seed: int = 0) -> FittedFusion:
     """Weights of all members, and their gain over the member `reference`.
 
@@ -243,7 +235,7 @@ class NormalEquations:
 
     @classmethod
     def of(cls, scores: Array, target: Array) -> NormalEquations:
-        """The sums of some inputs."""
+        """The sums of some inputs. Shapes: scores (inputs, members, classes), target (inputs, classes)."""
         return cls(
             np.einsum("nic,njc->cij", scores, scores, optimize=True),
             np.einsum("nic,nc->ci", scores, target, optimize=True),
@@ -262,7 +254,8 @@ class NormalEquations:
         return float(np.trace(products) / len(products))
 
 
-def _solve(sums: NormalEquations, penalty: float, per_class: bool) -> Array:
+def ridge_weights(sums: NormalEquations, penalty: float, *, per_class: bool) -> Array:
+    """The closed form of the ridge regression, without an intercept. Shapes: (members, classes) or (members, 1)."""
     products, targets = sums.products, sums.targets
     if not per_class:
         products, targets = products.sum(axis=0, keepdims=True), targets.sum(axis=0, keepdims=True)
@@ -293,7 +286,7 @@ class _Search:
         share = 1 / self._data.classes if recipe.per_class else 1.0
         # Constant scores have no square to relate to.
         penalty = recipe.penalty * sums.mean_square * share or recipe.penalty
-        return _solve(sums, penalty, recipe.per_class)
+        return ridge_weights(sums, penalty, per_class=recipe.per_class)
 
     def predictions(self, recipe: FusionRecipe, weights: Array, rows: Array) -> Array:
         """The classes that the sum predicts for some inputs."""

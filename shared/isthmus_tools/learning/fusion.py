@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from isthmus.artifacts.bounds import CONFIDENCE, wilson
 from isthmus.artifacts.fusion import FusionGain, ScoreKind
 from isthmus.errors import LearningError
 from isthmus.pipeline.fusion import centred_scores, weighted_sum
+from isthmus_tools.learning.exits.confidence import temperature
 
 FOLDS = 5
 MIN_INPUTS = 50
@@ -188,7 +189,8 @@ def fit_fusion(data: MemberScores, reference: int | None = None, seed: int = 0) 
     return FittedFusion(
         recipe,
         search.weights(recipe, everything),
-        _scale(search.held_out(recipe, everything), data.truth),
+        # By weights fitted without the input: sums of the fit's own inputs would be too sure.
+        float(np.clip(temperature(search.held_out(recipe, everything), data.truth), *_SCALES)),
         better,
         paired_gain(hits[better], fused),
         tuple(outer),
@@ -325,27 +327,3 @@ class _Search:
     def _sum(self, recipe: FusionRecipe, weights: Array, rows: Array) -> Array:
         scores = self._scores[recipe.kind][rows]
         return weighted_sum([scores[:, i] for i in range(scores.shape[1])], list(weights))
-
-
-def _scale(sums: Array, truth: Array) -> float:
-    """The factor under which softmax gives the likeliest probabilities of the true classes.
-
-    The likelihood is concave in the factor, so bisection of its slope finds the maximum. The sums are by weights
-    fitted without the input: sums of the fit's own inputs would be too sure.
-    """
-
-    def slope(scale: float) -> float:
-        shares = np.exp(scale * (sums - sums.max(axis=1, keepdims=True)))
-        shares /= shares.sum(axis=1, keepdims=True)
-        return float((sums[np.arange(len(truth)), truth] - (shares * sums).sum(axis=1)).sum())
-
-    return _root(slope, _SCALES)
-
-
-def _root(slope: Callable[[float], float], bounds: Sequence[float]) -> float:
-    low, high = bounds
-    # Sixty halvings of seven decades are past float64's digits of it.
-    for _ in range(60):
-        middle = float(np.sqrt(low * high))
-        low, high = (middle, high) if slope(middle) > 0 else (low, middle)
-    return low

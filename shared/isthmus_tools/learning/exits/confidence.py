@@ -56,14 +56,14 @@ def statistics_of(scores: Array) -> Array:
 
 
 def temperature(scores: Array, classes: Array) -> float:
-    """The factor of `scores` that gives their softmax the highest likelihood of `classes`: Newton's method in its log.
+    """The factor of `scores` that gives their softmax the highest likelihood of `classes`, by bisection.
 
     Shapes: (rows, classes), (rows,).
     """
     x = scores.astype(np.float64)
     x -= x[np.arange(len(x)), classes][:, None]
     spread = float(np.abs(x).max()) or 1.0
-    # Bisection of the derivative: the likelihood is concave in the factor.
+    # Of the derivative: the likelihood is concave in the factor.
     low, high = 0.0, _MAX_TEMPERATURE / spread
     for _ in range(_STEPS):
         factor = (low + high) / 2

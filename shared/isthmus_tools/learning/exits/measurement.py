@@ -18,6 +18,7 @@ from isthmus_tools.learning.exits.confidence import ConfidenceRule
 from isthmus_tools.learning.exits.features import features_of
 from isthmus_tools.learning.exits.head import ACCURACY, ExitRisk
 from isthmus_tools.learning.exits.observation import ActivationObserver
+from isthmus_tools.learning.exits.ridge import LinearHead
 from isthmus_tools.learning.exits.threshold import choose_threshold, upper_bound
 from isthmus_tools.learning.labelled import LabelledData
 from isthmus_tools.progress import Progress
@@ -127,8 +128,8 @@ class BranchGraph:
     def reference(self, tensors: Mapping[str, Array]) -> tuple[Array, Array]:
         """Logits and confidences of a batch, by numpy. Shapes: (batch, classes), (batch,)."""
         weights = self.weights
-        standard = (features_of(self.pools, tensors) - weights.mean) * weights.scale
-        logits = standard @ weights.weights + weights.bias
+        head = LinearHead(weights.mean, weights.scale, weights.weights, weights.bias)
+        logits = head(features_of(self.pools, tensors))
         return logits, ConfidenceRule(weights.statistics, weights.offset)(logits)
 
 

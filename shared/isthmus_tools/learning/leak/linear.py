@@ -51,15 +51,13 @@ def _global(crossings: Crossings) -> Array:
     validating = training % _VALIDATION == 0
     fitting = ~validating
     unit = float(np.trace(gram)) / len(training) or 1.0
-    values, vectors = np.linalg.eigh(gram[np.ix_(fitting, fitting)])
-    projected = vectors.T @ (targets[fitting] - mean)
-    cross = gram[np.ix_(validating, fitting)] @ vectors
-
-    def error(penalty: float) -> float:
-        predicted = cross @ (projected / (values.clip(0) + penalty * unit)[:, None]) + mean
-        return float(((predicted - targets[validating]) ** 2).mean())
-
-    penalty = min(_PENALTIES, key=error) * unit
+    penalty = _chosen_penalty(
+        gram[np.ix_(fitting, fitting)],
+        targets[fitting] - mean,
+        gram[np.ix_(validating, fitting)],
+        targets[validating] - mean,
+        unit,
+    )
     weights = np.linalg.solve(gram + penalty * np.eye(len(gram)), targets - mean)
     predicted = kernel[len(training) :] @ weights + mean
     return np.asarray(predicted.reshape(len(held_out), *crossings.targets.shape[1:]), np.float32)
@@ -141,12 +139,21 @@ def _solve(x: Array, y: Array, each: int) -> Array:
         covariance += block.T @ block
         cross += block.T @ y[rows]
     unit = float(np.trace(covariance)) / len(covariance) or 1.0
-    values, vectors = np.linalg.eigh(covariance)
-    projected, validation = vectors.T @ cross, x[validating] @ vectors
+    penalty = _chosen_penalty(covariance, cross, x[validating], y[validating], unit)
+    return np.asarray(np.linalg.solve(covariance + penalty * np.eye(len(covariance)), cross))
+
+
+def _chosen_penalty(system: Array, cross: Array, x: Array, y: Array, unit: float) -> float:
+    """The penalty, a multiple of `unit`, under which the ridge regression errs least on the rows left out, x and y.
+
+    Shapes: system (features, features), cross (features, outputs), x (rows, features), y (rows, outputs).
+    """
+    # One decomposition for all penalties.
+    values, vectors = np.linalg.eigh(system)
+    projected, validation = vectors.T @ cross, x @ vectors
 
     def error(penalty: float) -> float:
-        predicted = validation @ (projected / (values.clip(0) + penalty * unit)[:, None])
-        return float(((predicted - y[validating]) ** 2).mean())
+        predicted = validation @ (projected / (values.clip(0) + penalty)[:, None])
+        return float(((predicted - y) ** 2).mean())
 
-    penalty = min(_PENALTIES, key=error) * unit
-    return np.asarray(np.linalg.solve(covariance + penalty * np.eye(len(covariance)), cross))
+    return min((share * unit for share in _PENALTIES), key=error)

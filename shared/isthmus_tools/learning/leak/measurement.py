@@ -101,7 +101,6 @@ def measure_leak(
     Raises:
         LearningError: too few inputs, values that are not finite, or a model whose inputs no attacker here
             reconstructs.
-        LearningError: a model whose inputs no attacker here reconstructs.
         Missing: the bundle has no cut of that name.
     """
     refuse_texts(executor.bundle)

@@ -172,7 +172,7 @@ def train_network(
     optimiser = torch.optim.AdamW(network.parameters(), _LEARNING_RATE, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, _LEARNING_RATE, total_steps=budget.steps + 1)
     rng = np.random.default_rng(budget.seed)
-    best, best_loss, step = copy.deepcopy(network.state_dict()), float("inf"), 0
+    best, best_loss, step = network.state_dict(), float("inf"), 0
     began = clock()
     while step < budget.steps and (not budget.seconds or clock() - began < budget.seconds):
         progress(stage, step, budget.steps)
@@ -187,8 +187,8 @@ def train_network(
         looks = step % max(1, budget.steps // _CHECKS) == 0 or step == budget.steps
         if looks and (validation := _validation(network, measure, crossings, validating)) < best_loss:
             best, best_loss = copy.deepcopy(network.state_dict()), validation
-    # Where time was over before the first look, the weights at hand are the best known.
-    network.load_state_dict(network.state_dict() if best_loss == float("inf") else best)
+    # The weights at hand, no copy, where time was over before the first look.
+    network.load_state_dict(best)
     progress(stage, budget.steps, budget.steps)
     return TrainedInverse(network, step)
 

@@ -72,21 +72,17 @@ def check_update(update: NodeUpdate, weights: Weights) -> None:
 
 def average(updates: Sequence[NodeUpdate]) -> dict[str, Array]:
     """The mean change, each node's weighted by its examples; of integers, counters mostly, the largest."""
+    # In the order of names: the order of arrival must not show in the weights.
+    updates = sorted(updates, key=lambda update: update.node)
     total = sum(update.examples for update in updates)
     mean: dict[str, Array] = {}
     for name, first in updates[0].change.items():
         if first.dtype.kind != "f":
             mean[name] = np.asarray(np.max([update.change[name] for update in updates], axis=0), first.dtype)
             continue
-        # float64, in the order of names: the order of arrival must not show in the weights.
-        parts = [np.float64(update.examples / total) * update.change[name] for update in sorted_by_node(updates)]
+        parts = [np.float64(update.examples / total) * update.change[name] for update in updates]
         mean[name] = np.asarray(np.sum(parts, axis=0, dtype=np.float64), first.dtype)
     return mean
-
-
-def sorted_by_node(updates: Sequence[NodeUpdate]) -> list[NodeUpdate]:
-    """The updates in the order of the nodes' names: sums are the same whatever the order of arrival."""
-    return sorted(updates, key=lambda update: update.node)
 
 
 def moved(

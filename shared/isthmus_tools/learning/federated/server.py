@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from isthmus.artifacts.choice import RAW, Choice
-from isthmus.codecs import EncodedTensor, Encoding, encode_tensor
+from isthmus.codecs import Encoding
 from isthmus.context import Context
 from isthmus.errors import LearningError, RequestMalformed
+from isthmus.pipeline import encode_tensors
 from isthmus.wire.frame import Frame, Step
 from isthmus_tools.learning.federated.averaging import NodeUpdate, Weights, check_update
 from isthmus_tools.learning.federated.rounds import RoundRecord, Rounds
@@ -116,15 +117,10 @@ def numbered(
     raw: Weights | None = None,
 ) -> Frame:
     """A frame of a round, its `tensors` encoded by `choice` and those of `raw` never."""
-    plain, encoded = dict(raw or {}), {}
-    for name, array in tensors.items():
-        # Counters and other integers have no redundancy that a lossy codec may use.
-        is_float = array.dtype.kind == "f"
-        value = encode_tensor(array, Encoding(choice.codec, choice.quality)) if is_float else array
-        if isinstance(value, EncodedTensor):
-            encoded[name] = value
-        else:
-            plain[name] = value
+    # Counters and other integers have no redundancy that a lossy codec may use.
+    floats = [name for name, array in tensors.items() if array.dtype.kind == "f"]
+    encoded = encode_tensors(tensors, dict.fromkeys(floats, Encoding(choice.codec, choice.quality)))
+    plain = {**(raw or {}), **{name: array for name, array in tensors.items() if name not in encoded}}
     return Frame(plain, run, operation, caller, encoded, step=Step(run, number))
 
 

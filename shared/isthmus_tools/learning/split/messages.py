@@ -15,8 +15,9 @@ from torch import Tensor
 
 from isthmus.arrays import Array
 from isthmus.artifacts.choice import RAW, TRANSFORM_ID, Choice
-from isthmus.codecs import EncodedTensor, Encoding, encode_tensor
+from isthmus.codecs import Encoding
 from isthmus.errors import LearningError, RequestMalformed
+from isthmus.pipeline import encode_tensors
 from isthmus.wire.frame import Frame, Step
 
 # The vanilla shape has a single call a step, `STEP`; the U-shape two, `FORWARD` and `BACKWARD`.
@@ -50,16 +51,9 @@ class SplitTerms:
 def message(operation: str, terms: SplitTerms, position: int, tensors: Mapping[str, Array], process: str) -> Frame:
     """A frame of a run; activations and gradients are encoded as the terms say."""
     choices = {ACTIVATIONS: terms.activations, GRADIENTS: terms.gradients}
-    raw: dict[str, Array] = {}
-    encoded: dict[str, EncodedTensor] = {}
-    for name, array in tensors.items():
-        choice = choices.get(name, RAW)
-        # A codec that cannot represent the values gives the array back, and the tensor travels raw.
-        value = encode_tensor(array, Encoding(choice.codec, choice.quality))
-        if isinstance(value, EncodedTensor):
-            encoded[name] = value
-        else:
-            raw[name] = value
+    # A tensor whose values a codec cannot represent travels raw.
+    encoded = encode_tensors(tensors, {name: Encoding(each.codec, each.quality) for name, each in choices.items()})
+    raw = {name: array for name, array in tensors.items() if name not in encoded}
     return Frame(raw, terms.run, operation, process, encoded, step=Step(terms.run, position))
 
 

@@ -27,15 +27,10 @@ def run_digest(config: TrainConfig, terms: msgspec.Struct) -> str:
     """The digest of all that the sides of a run must have in common, whatever their data."""
     # How checkpoints are kept, and on what the side computes, are its own affair.
     loop = msgspec.structs.replace(config.training, keep=1, checkpoint_every=0, threads=1, device="cpu")
-    name = config.network_name
-    network = msgspec.structs.replace(config.network, name=Path(name).name)
+    network = msgspec.structs.replace(config.network, name=Path(config.network_name).name)
     parts = [config.seed, network, loop, config.data.classes, terms]
     digest = hashlib.sha256(msgspec.json.encode(parts, enc_hook=float))
-    if ".py:" in name:
-        try:
-            digest.update(Path(name.rpartition(":")[0]).read_bytes())
-        except OSError as e:
-            raise LearningError(f"network.name is {name}, and its file cannot be read: {e}", key="network.name") from e
+    digest.update(config.network_code())
     return f"sha256:{digest.hexdigest()}"
 
 

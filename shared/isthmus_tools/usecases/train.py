@@ -21,7 +21,7 @@ from isthmus_tools.learning.training.cleaning import prepare, read_bounded
 from isthmus_tools.learning.training.config import ONE_PROCESS, FileSource, MqttSource, TrainConfig, TrainingPlace
 from isthmus_tools.learning.training.evaluation import HeldOutScores, PairedComparison, evaluate
 from isthmus_tools.learning.training.files import photo_steps, read_samples
-from isthmus_tools.learning.training.samples import PreparedData, RawSample, read_prepared
+from isthmus_tools.learning.training.samples import DOCUMENT, PreparedData, RawSample, read_prepared
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.model_import import ImportRequest, import_model
 from isthmus_tools.usecases.publication import Publication
@@ -89,7 +89,7 @@ class _TrainingRun:
     def __init__(self, request: TrainRequest, progress: Progress) -> None:
         self._config, self._request, self._progress = request.config, request, progress
         self._folder = self._config.run_folder
-        self._data_folder, self._model = self._folder / "data", self._folder / "model.onnx"
+        self._data_folder, self._model = self._config.data_folder, self._folder / "model.onnx"
         self._promote = request.promote or self._config.publish.promote
         registry = open_registry(request.registry)
         self._served = version_in_service(registry, self._config.name, self._config.publish.alias)
@@ -123,7 +123,7 @@ class _TrainingRun:
             self._remove_training()
             # A run that fails while reading leaves nothing that --resume would take for its data.
             if request.stage != "train":
-                (self._data_folder / "prepared.json").unlink(missing_ok=True)
+                (self._data_folder / DOCUMENT).unlink(missing_ok=True)
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def collect(self) -> None:
@@ -281,7 +281,7 @@ class _TrainingRun:
 
     def _is_cleaned(self) -> bool:
         """Whether the data of an interrupted run is there, and is to be used."""
-        return self._request.resume and (self._data_folder / "prepared.json").exists()
+        return self._request.resume and (self._data_folder / DOCUMENT).exists()
 
     def _prepared(self) -> PreparedData:
         if self.result.prepared is None:

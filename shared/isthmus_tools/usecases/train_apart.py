@@ -158,7 +158,7 @@ def join_rounds(request: JoinRequest, progress: Progress = silent) -> JoinResult
         result = take_part(config, data, request.name, hop, on_round=ended)
     finally:
         hop.close()
-    graph = Path(config.folder) / "model.onnx"
+    graph = config.run_folder / "model.onnx"
     progress("exporting the graph")
     export_graph(result.network, data, graph)
     return JoinResult(result.rounds, len(data.train), _accuracy(graph, data), str(graph))

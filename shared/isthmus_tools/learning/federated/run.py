@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from isthmus.artifacts.choice import TRANSFORM_ID, Choice
 from isthmus.errors import LearningError
@@ -39,7 +38,7 @@ def rounds_server(config: TrainConfig, *, fresh: bool, on_round: Callable[[Round
         LearningError: the configuration lists no classes, or has a codec that cannot be used.
     """
     table = config.federated
-    checkpoints = Checkpoints(Path(config.folder) / "rounds", _KEPT, digest_of(config))
+    checkpoints = Checkpoints(config.run_folder / "rounds", _KEPT, digest_of(config))
     if fresh:
         checkpoints.remove()
     terms = RoundTerms(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -70,7 +69,7 @@ def fit_split(
     computation = SplitComputation(edge, layers, hop, terms, label_smoothing=options.label_smoothing)
     # The data's part of the fingerprint: the cloud's side has none.
     mark = f"{terms.run} {fingerprint(config, data)}"
-    checkpoints = SplitCheckpoints(Path(config.folder) / "checkpoints" / "edge", options.keep, mark, computation)
+    checkpoints = SplitCheckpoints(config.run_folder / "checkpoints" / "edge", options.keep, mark, computation)
     if not resume:
         checkpoints.remove()
     trainer = Trainer(
@@ -106,7 +105,7 @@ def cloud_side(config: TrainConfig, *, fresh: bool, on_step: Callable[[int], Non
         network = make_network(config.network, config.network_name, shape, classes)
         return layers_behind_cut(network, labels_stay=terms.labels_stay)[0]
 
-    folder = Path(config.folder) / "tail"
+    folder = config.run_folder / "tail"
     checkpoints = Checkpoints(folder, max(2, config.training.keep), terms.run)
     if fresh:
         checkpoints.remove()

@@ -233,6 +233,25 @@ class TrainConfig(_TrainingTable, frozen=True, kw_only=True):
         return Path(self.folder or f".isthmus/training/{self.name}")
 
     @property
+    def data_folder(self) -> Path:
+        """Where the run keeps its prepared data."""
+        return self.run_folder / "data"
+
+    def network_code(self) -> bytes:
+        """The file of a network of the user's own, for digests of a run; empty for a ready network.
+
+        Raises:
+            LearningError: the file cannot be read.
+        """
+        name = self.network_name
+        if ".py:" not in name:
+            return b""
+        try:
+            return Path(name.rpartition(":")[0]).read_bytes()
+        except OSError as e:
+            raise LearningError(f"network.name is {name}, and its file cannot be read: {e}", key="network.name") from e
+
+    @property
     def cuts(self) -> tuple[str, ...]:
         """The bundle's cuts: the configuration's, else where a ready network's head ends; none is the narrowest."""
         ready = READY_CUTS.get(self.network_name)

@@ -79,7 +79,7 @@ def fit_on_processes(
     if group.pipeline:
         two_parts(network.network)
     began = time.monotonic()
-    folder = Path(config.folder) / "processes"
+    folder = config.run_folder / "processes"
     # Results of an earlier run must not pass for this run's.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
@@ -104,7 +104,7 @@ def _write_job(
     job = WorkerJob(
         folder=str(folder),
         data=str(data_folder),
-        checkpoints=str(Path(config.folder) / "checkpoints"),
+        checkpoints=str(config.run_folder / "checkpoints"),
         fingerprint=fingerprint,
         config=bare,
         pipeline=group.pipeline,

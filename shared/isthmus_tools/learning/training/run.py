@@ -28,8 +28,6 @@ from isthmus_tools.progress import Progress, silent
 
 SCORES = "scores"
 """Name of the graph's output: a score for each class, before softmax."""
-DATA_FOLDER = "data"
-"""The folder of the prepared data in a run's folder."""
 # Rows of a run of the graph: bounds the memory of an evaluation.
 _ROWS = 256
 
@@ -70,12 +68,7 @@ def fingerprint(config: TrainConfig, data: PreparedData) -> str:
     loop = msgspec.structs.replace(config.training, keep=1, checkpoint_every=0, threads=1)
     digest = hashlib.sha256(msgspec.json.encode([config.seed, config.network, loop]))
     digest.update(data.digest().encode())
-    name = config.network_name
-    if ".py:" in name:
-        try:
-            digest.update(Path(name.rpartition(":")[0]).read_bytes())
-        except OSError as e:
-            raise LearningError(f"network.name is {name}, and its file cannot be read: {e}", key="network.name") from e
+    digest.update(config.network_code())
     return digest.hexdigest()
 
 
@@ -136,8 +129,8 @@ def _fit_elsewhere(
 
     if not place.split_with:
         group = ProcessGroup(place.processes, place.pipeline)
-        folder, mark = Path(config.folder) / DATA_FOLDER, fingerprint(config, data)
-        return fit_on_processes(config, data, folder, mark, group, resume=resume, progress=progress)
+        mark = fingerprint(config, data)
+        return fit_on_processes(config, data, config.data_folder, mark, group, resume=resume, progress=progress)
     if place.processes > 1 or place.pipeline:
         raise LearningError("--split-with trains the head in one process: without --processes and --pipeline")
     hop = connect(place.split_with, training_settings(settings))

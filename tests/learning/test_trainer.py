@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -11,7 +12,7 @@ import pytest
 
 from isthmus.errors import LearningError
 from isthmus_tools.learning.training.config import FitTable, NetworkTable
-from isthmus_tools.learning.training.samples import PreparedData, Samples
+from isthmus_tools.learning.training.samples import PreparedData, Samples, Statistics
 from support.training import FAST, digits
 
 torch = pytest.importorskip("torch")
@@ -160,3 +161,18 @@ def test_training_without_a_validation_part_keeps_the_last_weights(data: Prepare
     result = Trainer(network(bare), bare, msgspec.structs.replace(FAST, epochs=2, patience=1), 0).run()
     assert (result.best_epoch, result.stopped_early) == (1, False)
     assert math.isnan(result.history[-1].validation_loss)
+
+
+def test_an_epoch_by_itself_has_shifts_of_its_own() -> None:
+    # Rows of pixels as series of a single channel.
+    data = digits(64, 0, 0)
+    series = {name: Samples(part.inputs[:, None], part.labels, part.groups) for name, part in data.parts.items()}
+    data = replace(data, parts=series, statistics=Statistics(np.zeros(1, np.float32), np.ones(1, np.float32)))
+    made = Normalised(make_network(NetworkTable(width=8), "convolutions", data.input_shape, 10), data.statistics, 2)
+    trainer = Trainer(made, data, msgspec.structs.replace(FAST, shift=8), seed=0)
+    drawn = []
+    for epoch in (0, 1, 0):
+        trainer.pass_over(epoch)
+        drawn.append(trainer.batch(np.arange(64)).inputs.numpy())
+    assert not np.array_equal(drawn[0], drawn[1])
+    np.testing.assert_array_equal(drawn[0], drawn[2])

@@ -104,11 +104,9 @@ class LocalTraining:
         return {name: np.asarray(new[name] - weights[name], weights[name].dtype) for name in weights}
 
     def _train(self, number: int) -> None:
-        trainer, size = Trainer(self.network, self._data, self._options, self._seed), self._options.batch
+        trainer = Trainer(self.network, self._data, self._options, self._seed)
         for epoch in range(number * self._epochs, (number + 1) * self._epochs):
-            order = trainer.order(epoch)
-            for start in range(0, len(order), size):
-                trainer.step(order[start : start + size])
+            trainer.pass_over(epoch)
 
     def _shared(self) -> dict[str, torch.Tensor]:
         state = self.network.network.state_dict()

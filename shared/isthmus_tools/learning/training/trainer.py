@@ -199,6 +199,17 @@ class Trainer:
         self.network.eval()
         return TrainingResult(tuple(self._at.history), best_epoch, self._at.step, stopped_early, resumed_at)
 
+    def pass_over(self, epoch: int) -> None:
+        """The steps of one epoch by itself, without validation and checkpoints.
+
+        Raises:
+            LearningError: the loss is not finite.
+        """
+        # Random shifts depend on the epoch, as the order does.
+        self._at = _Position(epoch=epoch)
+        for rows in self._remaining_batches():
+            self.step(rows)
+
     def step(self, rows: Array) -> float:
         """A step of the optimiser on the rows of a global batch; the batch's mean loss over all processes.
 

@@ -25,6 +25,15 @@ def write_whole(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         Path(staged).unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def file_stamp(path: Path | str) -> tuple[int, int, int] | None:
     """What changes where a file is replaced or written: time of change, inode and size; None where there is none."""
     try:

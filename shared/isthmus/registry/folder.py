@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from isthmus.errors import Denied, RegistryError, RegistryUnavailable
+from isthmus.files import sync_folder
 from isthmus.registry.blobs import (
     StoredKey,
     check_key,
@@ -252,7 +253,7 @@ class FolderStore:
             target.parent.mkdir(parents=True, exist_ok=True)
             path.chmod(0o644)
             os.replace(path, target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
 
     @property
     def pulls(self) -> Path:
@@ -372,7 +373,7 @@ class FolderStore:
                     into_place(staged, target)
                 except FileExistsError:
                     return False
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
             return True
 
     @contextmanager
@@ -396,12 +397,3 @@ class FolderStore:
 
 def _tag(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from isthmus.errors import LearningError
-from isthmus.files import write_whole
+from isthmus.files import sync_folder, write_whole
 
 _MAGIC = b"isthmus.checkpoint/1 "
 _NAME = re.compile(r"step-(\d{12})\.checkpoint")
@@ -52,7 +51,7 @@ class Checkpoints:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"step-{step:012}.checkpoint"
             write_whole(path, _MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-            _synchronise(self._folder)
+            sync_folder(self._folder)
             # After the new file is on disk.
             for old in self._files()[: -self._keep]:
                 old.unlink(missing_ok=True)
@@ -137,12 +136,3 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or not {"fingerprint", "state"} <= set(document):
         raise ValueError("it holds no state of a training run")
     return document
-
-
-def _synchronise(folder: Path) -> None:
-    """Put the folder's entries on disk: a rename is, once its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -71,6 +71,7 @@ COMMANDS = [
     "draft",
     "exits",
     "compress",
+    "fuse",
     "profile",
     "plan",
     "explain",

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ class _TrainingRun:
 
     def collect(self) -> None:
         """Wait for messages; files stay in place."""
-        captures = self._captures()
+        captures = self._captures
         if captures and not self._is_cleaned():
             capture(captures, self._progress)
         self.result.messages = sum(each.count for each in captures)
@@ -266,6 +267,7 @@ class _TrainingRun:
             return declared
         return served.labels
 
+    @cached_property
     def _captures(self) -> list[Capture]:
         collected = self._folder / "collected"
         sources = [source for source in self._config.data.sources if isinstance(source, MqttSource)]
@@ -276,7 +278,7 @@ class _TrainingRun:
             if isinstance(source, FileSource):
                 collected = self._folder / "collected"
                 yield from read_samples(source, self._config.data, collected, self._request.registry, self._progress)
-        for each in self._captures():
+        for each in self._captures:
             yield from each.samples()
 
     def _is_cleaned(self) -> bool:

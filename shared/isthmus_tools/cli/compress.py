@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from isthmus.settings import MAX_THREADS
 from isthmus.units import format_duration, format_size
+from isthmus_tools.cli.calibrate import PHOTOS
 from isthmus_tools.cli.console import errors, print_json, publication_document, run, say, show_publication, table
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
@@ -21,7 +22,8 @@ from isthmus_tools.cli.options import (
 )
 from isthmus_tools.zoo.photos import varied_photos
 
-PHOTOS = "photos"
+if TYPE_CHECKING:
+    from isthmus_tools.usecases.compress import CompressResult
 
 
 def compress(
@@ -138,7 +140,7 @@ def compress(
         show_publication(result.publication, registry)
 
 
-def show_variants(result: use_case.CompressResult) -> None:  # type: ignore[name-defined]  # noqa: F821
+def show_variants(result: CompressResult) -> None:
     """Print the head and its variants as a table, and why others are missing."""
     plain = result.plain
     # The segment itself first: every other row is read against it.

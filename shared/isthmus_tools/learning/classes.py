@@ -17,6 +17,7 @@ from isthmus.artifacts.bundle import Blob, Bundle
 from isthmus.artifacts.fidelity import TOP1, measure_for
 from isthmus.artifacts.tensors import TensorSpec, describe
 from isthmus.errors import LearningError
+from isthmus.processing.classify_spec import parse_labels
 from isthmus_tools import array_files
 
 # Of unknown names in a message.
@@ -84,6 +85,7 @@ def classes_of(bundle: Bundle, blob: Callable[[Blob], bytes], output: str = "") 
 
     Raises:
         LearningError: no classifier with a single output of scores: a regression, a detector, a model of text.
+        ModelError: the labels are malformed.
     """
     measure = measure_for(bundle, output)
     scores = ", ".join(describe(spec.dtype, spec.shape, spec.name) for spec in bundle.outputs)
@@ -120,8 +122,8 @@ def classes_of(bundle: Bundle, blob: Callable[[Blob], bytes], output: str = "") 
             output=spec.name,
             hint="a regression, a detector or a segmentation has no classes to exit with",
         )
-    names = json.loads(blob(bundle.labels)) if bundle.labels is not None else ()
-    return ModelClasses(spec, spec.shape[1], tuple(names))
+    names = parse_labels(blob(bundle.labels)) if bundle.labels is not None else ()
+    return ModelClasses(spec, spec.shape[1], names)
 
 
 def read_label_file(path: Path) -> Array | list[Any] | dict[str, str]:

@@ -19,7 +19,7 @@ from isthmus_tools.calibration.boundary import SegmentExecutor
 from isthmus_tools.calibration.inputs import MIN_INPUTS, open_source, split
 from isthmus_tools.graph.variant_graphs import standalone
 from isthmus_tools.learning.compression.choice import THE_SEGMENT, choose_variant, dominated_by, parse_target
-from isthmus_tools.learning.compression.measurement import GraphCandidate, PlainFigures, measure_variants
+from isthmus_tools.learning.compression.measurement import PlainFigures, measure_variants
 from isthmus_tools.learning.compression.methods import KEEP, METHODS, CompressionSpec, make_candidates
 from isthmus_tools.learning.compression.subject import HeadSubject, head_boundary, store_samples, with_scales
 from isthmus_tools.progress import Progress, silent
@@ -202,6 +202,3 @@ def _with_variants(bundle: Bundle, variants: Sequence[SegmentVariant]) -> Bundle
     # A plan is for one version's content, and is carried over by its publisher where it still holds.
     every = {v.segment.id: v for v in (*bundle.variants, *variants)}
     return structs.replace(bundle, variants=tuple(every[key] for key in sorted(every)), plan=None)
-
-
-__all__ = ["CompressRequest", "CompressResult", "GraphCandidate", "compress"]

@@ -38,7 +38,7 @@ _TRIAL_PART, _TRIAL_SAMPLES = 8, 24
 
 @dataclass(frozen=True)
 class PrunedHead:
-    """A pruned graph, the share of its segment's MACs that it has, and channels left of how many."""
+    """A pruned graph, its MACs, and channels left of how many."""
 
     path: Path
     macs: int

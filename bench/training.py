@@ -20,12 +20,14 @@ import psutil
 import torch
 from harness import STATE, Report, Row, arguments, at_most
 
+from isthmus.artifacts.choice import Choice
 from isthmus.serving.training import TrainingServer
 from isthmus.settings import RegistrySettings
+from isthmus.wire import frame
 from isthmus_tools.learning.federated.averaging import Weights
 from isthmus_tools.learning.federated.node import FederatedNode, LocalTraining
 from isthmus_tools.learning.federated.rounds import Rounds, RoundTerms
-from isthmus_tools.learning.federated.server import RoundsServer
+from isthmus_tools.learning.federated.server import UPDATE, RoundsServer, numbered
 from isthmus_tools.learning.remote import connect, training_settings
 from isthmus_tools.learning.split.edge import Traffic
 from isthmus_tools.learning.split.run import cloud_side, fit_split
@@ -209,8 +211,6 @@ def _federated(
     codec: str,
     dies: bool,
 ) -> tuple[Weights, int, int]:
-    from isthmus.artifacts.choice import Choice
-
     terms = RoundTerms(rounds + 1, 3, 4, round_s=3.0, momentum=momentum)
     server = RoundsServer(lambda weights: Rounds(weights, terms), RUN)
     with TrainingServer(SETTINGS, server.exchange) as listening:
@@ -243,10 +243,6 @@ def _federated(
 
 
 def _update_bytes(weights: Weights, codec: str) -> int:
-    from isthmus.artifacts.choice import Choice
-    from isthmus.wire import frame
-    from isthmus_tools.learning.federated.server import UPDATE, numbered
-
     draw = np.random.default_rng(0)
     change = {n: np.asarray(draw.normal(size=a.shape) * 1e-2, a.dtype) for n, a in weights.items()}
     return len(frame.encode(numbered(UPDATE, RUN, 1, change, "node-0:" + "0" * 16, Choice.parse(codec))))

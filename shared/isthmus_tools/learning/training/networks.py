@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.errors import LearningError
-from isthmus_tools.graph.exporting import failures, quiet
 from isthmus_tools.learning.training.config import NetworkTable
 from isthmus_tools.learning.training.samples import Statistics
 
@@ -110,8 +109,12 @@ class _Pooled(nn.Module):
         return torch.cat([flat.mean(2), flat.amax(2)], 1)
 
 
-def make_network(options: NetworkTable, name: str, input_shape: Sequence[int], classes: int) -> nn.Module:
+def make_network(
+    options: NetworkTable, name: str, input_shape: Sequence[int], classes: int, *, check: bool = True
+) -> nn.Module:
     """The network `name`, from normalised inputs of `input_shape` to scores, with weights of torch's random state.
+
+    Without `check` it is not run: for a process whose parent has run the same network.
 
     Raises:
         LearningError: no such function, or no module from inputs to (batch, classes).
@@ -126,7 +129,8 @@ def make_network(options: NetworkTable, name: str, input_shape: Sequence[int], c
         network = _convolutional(nn.Conv1d, input_shape, width, bottleneck, classes)
     else:
         network = _convolutional(nn.Conv2d, input_shape, width, bottleneck, classes)
-    _check(network, name, input_shape, classes)
+    if check:
+        _check(network, name, input_shape, classes)
     return network
 
 
@@ -171,6 +175,9 @@ def _own_network(spec: str, input_shape: Sequence[int], classes: int) -> nn.Modu
     file, _, function = spec.rpartition(":")
     if not Path(file).is_file():
         raise LearningError(f"network.name is {spec}, and there is no file {file}", key="network.name")
+    # Imported late: workers of a run need none of the importers of models, which take a second.
+    from isthmus_tools.graph.exporting import failures, quiet
+
     with quiet(), failures("Python", spec):
         module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
         if module_spec is None or module_spec.loader is None:
@@ -189,6 +196,8 @@ def _own_network(spec: str, input_shape: Sequence[int], classes: int) -> nn.Modu
 
 def _check(network: nn.Module, name: str, input_shape: Sequence[int], classes: int) -> None:
     """Run the network once on zeros, before hours of training."""
+    from isthmus_tools.graph.exporting import failures
+
     network.eval()
     with torch.no_grad(), failures("torch", name):
         scores = network(torch.zeros(2, *input_shape))

@@ -16,9 +16,6 @@ import torch
 from isthmus.arrays import Array
 from isthmus.errors import LearningError
 from isthmus.settings import RegistrySettings
-from isthmus_tools.graph import torch_export
-from isthmus_tools.graph.load import read
-from isthmus_tools.graph.probe import values
 from isthmus_tools.learning.training.checkpoints import Checkpoints
 from isthmus_tools.learning.training.config import ONE_PROCESS, TrainConfig, TrainingPlace
 from isthmus_tools.learning.training.networks import Normalised, make_network
@@ -72,8 +69,8 @@ def fingerprint(config: TrainConfig, data: PreparedData) -> str:
     return digest.hexdigest()
 
 
-def initial_network(config: TrainConfig, data: PreparedData) -> Normalised:
-    """The network before training, the same in every process.
+def initial_network(config: TrainConfig, data: PreparedData, *, check: bool = True) -> Normalised:
+    """The network before training, the same in every process; `check` as in `make_network`.
 
     Raises:
         LearningError: the network is absent, or does not fit the data.
@@ -82,7 +79,7 @@ def initial_network(config: TrainConfig, data: PreparedData) -> Normalised:
     torch.manual_seed(config.seed)
     # Kernels of small networks take longer on several threads.
     torch.set_num_threads(config.training.threads)
-    network = make_network(config.network, config.network_name, data.input_shape, len(data.classes))
+    network = make_network(config.network, config.network_name, data.input_shape, len(data.classes), check=check)
     return Normalised(network, data.statistics, len(data.input_shape))
 
 
@@ -146,6 +143,9 @@ def export_graph(network: Normalised, data: PreparedData, path: Path) -> None:
     Raises:
         ModelError: the network cannot be exported.
     """
+    # Imported late: workers of a run neither export nor run a graph.
+    from isthmus_tools.graph import torch_export
+
     torch_export.export(
         lambda: network,
         path,
@@ -164,6 +164,9 @@ def graph_scores(path: Path, input_name: str, samples: Samples) -> Array:
         ModelError: the graph cannot be read or run.
         LearningError: a score is not finite.
     """
+    from isthmus_tools.graph.load import read
+    from isthmus_tools.graph.probe import values
+
     # As the functions do: by onnxruntime, and not by the torch network that was trained.
     model = read(path)
     parts = [

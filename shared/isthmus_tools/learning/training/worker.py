@@ -89,7 +89,7 @@ class _Worker:
             timeout=timedelta(seconds=_STEP_S),
         )
         try:
-            network = initial_network(job.config, data)
+            network = initial_network(job.config, data, check=False)
             trainer, checkpoints = self._trainer(network, data, options)
             if job.resume or self._attempt:
                 self._restore(trainer, checkpoints)

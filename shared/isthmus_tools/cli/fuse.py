@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from msgspec import structs
@@ -23,7 +23,9 @@ from isthmus_tools.cli.options import (
     cut_option,
     registry_settings,
 )
-from isthmus_tools.usecases.publication import Publication
+
+if TYPE_CHECKING:
+    from isthmus_tools.usecases.publication import Publication
 
 
 def fuse(

@@ -44,7 +44,7 @@ COMMANDS = {
     "models": "List the models of a registry: what serves, when it was published, whether it is calibrated, its plan.",
     "versions": "List the versions of a model, what its aliases mean, and who moved them when.",
     "show": "Show a version of a model: its inputs, cuts, calibration and plan.",
-    "diff": "Show how a version differs from another one: segments, cuts, sizes, fidelity, plan.",
+    "diff": "Show how a version differs from another one: segments, cuts, exits, fusion, sizes, fidelity, plan.",
     "verify": "Verify a version: the digest of every blob, then a run of every segment; exits with 1 at a fault.",
     "publish": "Publish a version: copy its content, load and run each segment once, give it a number, move an alias.",
     "promote": "Let an alias mean a version from now on; prod is what requests without a version reach.",

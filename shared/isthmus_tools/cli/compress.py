@@ -133,7 +133,7 @@ def compress(
             return
         show_variants(result)
         if result.publication is None:
-            say("nothing published: no variant is smaller or faster than the segment")
+            say("nothing published: no variant gains on the segment, or it keeps too few predictions (--dominated)")
             return
         version = result.publication.version
         say(f"{version.name}:{version.version} {version.digest[:19]}…, with {', '.join(result.published)}")

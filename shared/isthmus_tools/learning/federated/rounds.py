@@ -93,11 +93,6 @@ class Rounds:
         """Whether every node of the last round has the final weights."""
         return self.is_over and bool(self.records) and set(self.records[-1].examples) <= self._told
 
-    @property
-    def nodes(self) -> tuple[str, ...]:
-        """The nodes that have called."""
-        return tuple(sorted(self._joined))
-
     def task(self, node: str) -> Task:
         """The node's next task.
 

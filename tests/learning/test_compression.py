@@ -25,8 +25,10 @@ from isthmus_tools.calibration.inputs import CalibrationInput
 from isthmus_tools.graph.channel_edits import EditableGraph, LayerGeometry, LayerWeights
 from isthmus_tools.graph.hard_swish import fuse_hard_swishes
 from isthmus_tools.graph.quantise import saturates
+from isthmus_tools.graph.torch_graph import TorchGraph
 from isthmus_tools.graph.variant_graphs import standalone
 from isthmus_tools.learning.compression.choice import THE_SEGMENT, choose_variant, dominated_by, parse_target
+from isthmus_tools.learning.compression.distillation import Distillation, HeadFigures, distil, training_part
 from isthmus_tools.learning.compression.measurement import PlainFigures
 from isthmus_tools.learning.compression.pruning import ChannelPruner, sampled
 from isthmus_tools.learning.compression.repair import GramSums, ReadingLayer, eliminate, refit
@@ -74,8 +76,8 @@ def subject(original: Published, tmp_path_factory: pytest.TempPathFactory) -> He
     return subject_of(original, CUT, (1, 3, 12, 12), tmp_path_factory.mktemp("subject"))
 
 
-def subject_of(published: Published, cut: str, shape: tuple[int, ...], folder: Path) -> HeadSubject:
-    arrays = np.random.default_rng(4).standard_normal((40, *shape)).astype(np.float32)
+def subject_of(published: Published, cut: str, shape: tuple[int, ...], folder: Path, count: int = 40) -> HeadSubject:
+    arrays = np.random.default_rng(4).standard_normal((count, *shape)).astype(np.float32)
     samples = store_samples((CalibrationInput("file", {"x": each}) for each in arrays), folder)
     segment, tail = head_boundary(published.bundle, cut)
     with cache_of(published, folder / "cache").locate(published.digest, segment.id) as located:
@@ -207,6 +209,7 @@ def test_a_variant_that_another_or_the_segment_beats_in_everything_is_dominated(
     best, worse = variant("best", size=900), variant("worse", agreement=0.9, size=1000)
     assert dominated_by(worse, [best, worse], plain) == "best"
     assert dominated_by(best, [best, worse], plain) == ""
+    assert dominated_by(variant("other", size=910), [best], plain) == ""
     assert dominated_by(variant("slow", ratio=1.1, size=2000), [], plain) == "the segment itself"
     assert dominated_by(variant("slow", ratio=1.1, size=1000), [], plain) == ""
     assert dominated_by(variant("other", agreement=0.4, size=100), [], plain) == "the segment itself in agreement"
@@ -376,3 +379,46 @@ def test_a_gate_loses_its_channels_with_those_that_it_scales(tmp_path: Path) -> 
     inputs = {"x": np.random.default_rng(7).standard_normal((1, 4, 6, 6)).astype(np.float32)}
     whole, near, far = (subject.runner(path).run(inputs)["y"] for path in (subject.graph, repaired.path, cut.path))
     assert np.square(near - whole).sum() < 0.8 * np.square(far - whole).sum()
+
+
+def test_distillation_lowers_the_error_at_the_cut_on_inputs_that_it_has_not_seen(
+    original: Published, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    many = subject_of(original, CUT, (1, 3, 12, 12), tmp_path, count=240)
+    pruned = ChannelPruner(training_part(many)).prune(0.45, tmp_path / "pruned.onnx")
+    result = distil(many, pruned.path, tmp_path / "distilled.onnx", steps=20)
+    again = distil(many, pruned.path, tmp_path / "again.onnx", steps=20)
+    unseen = np.random.default_rng(6).standard_normal((40, 1, 3, 12, 12)).astype(np.float32)
+    graphs = (many.graph, pruned.path, result.path)
+    whole, before, after = (np.stack([many.runner(p).run({"x": x})["a6"] for x in unseen]) for p in graphs)
+    assert result.gains
+    assert np.square(after - whole).sum() < 0.9 * np.square(before - whole).sum()
+    assert again.path.read_bytes() == result.path.read_bytes()
+    assert distil(many, pruned.path, tmp_path / "hurried.onnx", steps=10**6, cpu_s=1e-3).steps <= 1
+
+
+def test_a_distilled_head_that_gains_nothing_is_no_variant_and_its_figures_are_told(
+    original: Published, data: Path
+) -> None:
+    pytest.importorskip("torch")
+    # Half of the channels only repeat others: least squares leave nothing to train.
+    error = refusal(compress(original.folder, data, "--method", "distil", "--keep", "0.7"))["error"]
+    assert "prune-70-distilled: distillation gained nothing: on 6 inputs that did not train error" in error
+    assert error.count("agreement 100.0%") == 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "error", "same", "gains"), [(9, 0.1, 8, True), (0, 0.2, 8, False), (9, 0.3, 9, False), (9, 0.1, 7, False)]
+)
+def test_a_gain_is_worse_in_neither_error_nor_agreement(steps: int, error: float, same: int, gains: bool) -> None:
+    result = Distillation(Path("distilled.onnx"), steps, HeadFigures(0.2, 8, 10), HeadFigures(error, same, 10))
+    assert result.gains == gains
+
+
+def test_operators_that_distillation_does_not_know_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    nodes = [helper.make_node("Softmax", ["x"], ["s"]), helper.make_node("Sin", ["s"], ["y"])]
+    model = save(tmp_path / "odd.onnx", nodes, [value("x", 1, 4)], [value("y", 1, 4)], [])
+    with pytest.raises(ModelError, match="does not know the operators Sin, Softmax"):
+        TorchGraph(EditableGraph(model).model)

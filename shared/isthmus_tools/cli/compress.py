@@ -43,7 +43,7 @@ def compress(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="int8, weights-int8 and weights-int4 (of linear layers), prune or prune-int8; once or more."
+            help="int8, weights-int8 and weights-int4 (of linear layers), prune, prune-int8 or distil; once or more."
             " Those of the first four that apply if none."
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""Edits of a graph's channels and weights: what structured pruning changes in a head."""
+"""Edits of a graph's channels and weights: what structured pruning and distillation change in a head."""
 
 from __future__ import annotations
 
@@ -110,6 +110,10 @@ class EditableGraph:
         self._set(node, 1, changed.astype(weight.dtype))
         if bias is not None and node.op_type != "MatMul":
             self._set(node, 2, bias.astype(weight.dtype))
+
+    def set_constant(self, name: str, index: int, array: Array) -> None:
+        """Replace a constant input of a node."""
+        self._set(self._nodes[name], index, array)
 
     def remove(self, group: ChannelGroup, kept: Sequence[int]) -> None:
         """Leave only the channels `kept` of a group."""

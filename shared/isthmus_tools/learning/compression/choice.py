@@ -12,7 +12,7 @@ from isthmus.errors import CalibrationError, RequestMalformed
 from isthmus.units import format_duration, format_size, parse_duration, parse_size
 from isthmus_tools.learning.compression.measurement import PlainFigures
 
-# Ratios of times that differ by less are noise of the machine.
+# Ratios of times that differ by less are noise of the machine, and those of sizes names in the graph.
 _NOISE = 0.03
 THE_SEGMENT = "the segment itself"
 """What is better than a variant with no less time and no smaller graph."""
@@ -81,7 +81,7 @@ def dominated_by(variant: SegmentVariant, others: Sequence[SegmentVariant], plai
         )
         better = (
             other.seconds_ratio < variant.seconds_ratio * (1 - _NOISE)
-            or other.segment.graph.size < variant.segment.graph.size
+            or other.segment.graph.size < variant.segment.graph.size * (1 - _NOISE)
             or other.agreement > variant.agreement
         )
         if no_worse and better:

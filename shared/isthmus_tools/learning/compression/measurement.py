@@ -47,7 +47,7 @@ class PlainFigures:
     memory_bytes: int
 
 
-class _Outcomes:
+class Outcomes:
     """Predictions and boundary tensors of one variant beside the segment's, summed over inputs."""
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ def measure_variants(
     segments = [variant_segment(subject.segment, c.name, c.path.read_bytes(), c.macs) for c in candidates]
     plain = subject.runner(subject.graph)
     runners = [subject.runner(c.path, segment) for c, segment in zip(candidates, segments, strict=True)]
-    outcomes = [_Outcomes() for _ in candidates]
+    outcomes = [Outcomes() for _ in candidates]
     last: Arrays = {}
     for count, example in enumerate(held_out):
         progress("measuring agreement", count)
@@ -110,7 +110,7 @@ def measure_variants(
 def _variant(
     candidate: GraphCandidate,
     segment: Segment,
-    outcome: _Outcomes,
+    outcome: Outcomes,
     seconds: Sequence[float],
     plain_s: Sequence[float],
     memory: int,

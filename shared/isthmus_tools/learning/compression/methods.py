@@ -9,6 +9,7 @@ from pathlib import Path
 
 from isthmus.errors import ModelError
 from isthmus_tools.graph.quantise import linear_in_blocks
+from isthmus_tools.learning.compression.distillation import distil, training_part
 from isthmus_tools.learning.compression.int8 import int8
 from isthmus_tools.learning.compression.measurement import GraphCandidate
 from isthmus_tools.learning.compression.pruning import ChannelPruner, PrunedHead
@@ -43,6 +44,8 @@ class Workshop:
     folder: Path
     progress: Progress
     pruned: dict[float, PrunedHead] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    """Why a variant of a method that applies is no candidate, by the variant's name."""
 
     @cached_property
     def pruner(self) -> ChannelPruner:
@@ -67,13 +70,13 @@ class Workshop:
 def make_candidates(
     subject: HeadSubject, spec: CompressionSpec, folder: Path, progress: Progress = silent
 ) -> tuple[list[GraphCandidate], dict[str, str]]:
-    """Candidates of every method, and the reason for each method that does not apply.
+    """Candidates of every method, and the reason for each method, or variant of one, that does not apply.
 
     Raises:
         ModelError: a method that `spec` names does not apply, or none does.
     """
-    candidates, refused = list[GraphCandidate](), dict[str, str]()
     workshop = Workshop(subject, spec, folder, progress)
+    candidates, refused = list[GraphCandidate](), workshop.refused
     for method in dict.fromkeys(spec.methods or DEFAULTS):
         try:
             candidates += METHODS[method](workshop)
@@ -118,6 +121,22 @@ def _prune_int8(workshop: Workshop) -> list[GraphCandidate]:
     ]
 
 
+def _distil(workshop: Workshop) -> list[GraphCandidate]:
+    candidates, subject = list[GraphCandidate](), workshop.subject
+    pruner = ChannelPruner(training_part(subject), workshop.progress)
+    for share in workshop.spec.keep:
+        name = f"prune-{share:.0%}-distilled".replace("%", "")
+        place = workshop.place(name)
+        head = pruner.prune(share, place / "pruned.onnx")
+        result = distil(subject, head.path, place / "distilled.onnx", workshop.progress)
+        if result.gains:
+            method = f"{_pruning(head)}; {result.steps} steps of distillation"
+            candidates.append(GraphCandidate(name, method, result.path, head.macs))
+        else:
+            workshop.refused[name] = f"distillation gained nothing: {result}"
+    return candidates
+
+
 def _pruning(head: PrunedHead) -> str:
     return f"{head.kept} of {head.channels} channels left, the layers behind refit"
 
@@ -128,4 +147,5 @@ METHODS: Mapping[str, Callable[[Workshop], list[GraphCandidate]]] = {
     "weights-int4": _weights(4),
     "prune": _prune,
     "prune-int8": _prune_int8,
+    "distil": _distil,
 }

@@ -10,9 +10,10 @@ DEV_PACKAGES := -e shared/isthmus -e "shared/isthmus_tools[torch,zoo,dev]"
 RUN_SIZE := 111 packages, 200 MB to download, 0.6 GB in $(VENV)
 DEV_SIZE := torch and what the tests stand on, another 480 MB where torch is its CPU build
 # A process more than CPUs, up to four: tests wait for servers about as long as they compute. A module's tests run in
-# one process, since they share what takes long to make.
+# one process, since they share what takes long to make. OpenBLAS and OpenMP get one thread in each: beside another
+# process, torch's two threads took 30 times as long.
 PROCESSES := $(shell expr $$(nproc) + 1)
-PYTEST := OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 4 --dist loadfile
+PYTEST := OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) --maxprocesses 4 --dist loadfile
 PORT ?= 8080
 ARGS ?=
 export ISTHMUS_REGISTRY ?= $(CURDIR)/.isthmus/registry

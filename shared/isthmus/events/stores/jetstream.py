@@ -168,6 +168,14 @@ async def _is_unchanged(deletion: Awaitable[bool]) -> bool:
 
 async def _entries(store: KeyValue) -> list[tuple[str, int, float]]:
     """Key, revision and moment of the last write of every record."""
+    entries = await _watched(store)
+    # nats-py takes a bucket for empty if all its entries are sent, and none has arrived when it looks.
+    if not entries and (await store.status()).values:
+        entries = await _watched(store)
+    return entries
+
+
+async def _watched(store: KeyValue) -> list[tuple[str, int, float]]:
     watcher = await store.watchall(ignore_deletes=True, meta_only=True)
     entries = []
     with contextlib.suppress(nats.js.errors.NoKeysError):

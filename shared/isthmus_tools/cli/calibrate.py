@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from isthmus.settings import MAX_THREADS
 from isthmus.units import format_size
 from isthmus_tools.cli.codec import document, show
 from isthmus_tools.cli.console import errors, print_json, publication_document, run, say, show_publication
@@ -18,6 +17,7 @@ from isthmus_tools.cli.options import (
     DropPlan,
     ModelArgument,
     RegistryOption,
+    RunThreads,
     cut_option,
     registry_settings,
 )
@@ -58,9 +58,7 @@ def calibrate(
     tolerance: Annotated[
         float, typer.Option(help="Without classes: the error up to which an answer is the same.", min=0)
     ] = 0.05,
-    threads: Annotated[
-        int, typer.Option(help="Threads of one run; 0 takes the CPUs there are.", min=0, max=MAX_THREADS)
-    ] = 0,
+    threads: RunThreads = 0,
     alias: Alias = "prod",
     drop_plan: DropPlan = False,
     registry: RegistryOption = DEFAULT_REGISTRY,

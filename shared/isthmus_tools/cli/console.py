@@ -189,6 +189,13 @@ def publication_document(publication: Publication, registry: str) -> dict[str, A
     return publication.document() | {"next": in_registry(publication.following, registry)}
 
 
+def published_document(publication: Publication, registry: str, **facts: Any) -> dict[str, Any]:
+    """A published version as JSON: its name, number and digest, `facts` about it, and the publication."""
+    version = publication.version
+    named = {"name": version.name, "version": version.version, "digest": version.digest}
+    return named | facts | publication_document(publication, registry)
+
+
 def show_publication(publication: Publication, registry: str) -> None:
     """Print the alias's version, whether the plan stays in force, the version that serves, and the next command."""
     version, lost = publication.version, publication.lost

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from isthmus.units import format_size
-from isthmus_tools.cli.console import errors, print_json, publication_document, run, say, show_publication, warn
+from isthmus_tools.cli.console import errors, print_json, published_document, run, say, show_publication, warn
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     Alias,
@@ -49,16 +49,14 @@ def cut(
         version = result.publication.version
         if as_json:
             print_json(
-                {
-                    "name": version.name,
-                    "version": version.version,
-                    "digest": version.digest,
-                    "new_segments": result.new_segments,
-                    "new_bytes": result.new_bytes,
-                    "default_cuts": list(result.bundle.default_cuts),
-                    "warnings": result.warnings,
-                    **publication_document(result.publication, registry),
-                }
+                published_document(
+                    result.publication,
+                    registry,
+                    new_segments=result.new_segments,
+                    new_bytes=result.new_bytes,
+                    default_cuts=list(result.bundle.default_cuts),
+                    warnings=result.warnings,
+                )
             )
             return
         say(

@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from isthmus.settings import MAX_THREADS
-from isthmus_tools.cli.console import errors, print_json, publication_document, run, say, show_publication
+from isthmus_tools.cli.console import errors, print_json, published_document, run, say, show_publication
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     Alias,
     AsJson,
     ModelArgument,
     RegistryOption,
+    RunThreads,
     cut_option,
     registry_settings,
 )
@@ -34,9 +34,7 @@ def draft(
     ] = None,
     at: Annotated[list[str] | None, cut_option("Cuts, once or more; the first default cut if none.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens that the model writes for the fit.", min=100, max=10**6)] = 8000,
-    threads: Annotated[
-        int, typer.Option(help="Threads of one run; 0 takes the CPUs there are.", min=0, max=MAX_THREADS)
-    ] = 0,
+    threads: RunThreads = 0,
     alias: Alias = "prod",
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
@@ -63,16 +61,8 @@ def draft(
         result = run(use_case.draft, request, quiet=as_json)
         version = result.publication.version
         if as_json:
-            print_json(
-                {
-                    "name": version.name,
-                    "version": version.version,
-                    "digest": version.digest,
-                    "tokens": result.tokens,
-                    "exits": [asdict(each) for each in result.exits],
-                    **publication_document(result.publication, registry),
-                }
-            )
+            exits = [asdict(each) for each in result.exits]
+            print_json(published_document(result.publication, registry, tokens=result.tokens, exits=exits))
             return
         say(f"{version.name}:{version.version} {version.digest[:19]}…, fitted on {result.tokens:,} tokens")
         for each in result.exits:

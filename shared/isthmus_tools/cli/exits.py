@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from isthmus.artifacts.json_documents import builtins
-from isthmus.settings import MAX_THREADS
 from isthmus.units import format_size, parse_share
-from isthmus_tools.cli.console import errors, print_json, publication_document, run, say, show_publication, table
+from isthmus_tools.cli.console import errors, print_json, published_document, run, say, show_publication, table
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     Alias,
     AsJson,
     ModelArgument,
     RegistryOption,
+    RunThreads,
     cut_option,
     read_option,
     registry_settings,
@@ -77,9 +77,7 @@ def exits(
         str, typer.Option(help="The output whose last axis holds classes, where the bundle does not say.")
     ] = "",
     inputs: Annotated[int, typer.Option(help="Inputs of a folder at most, drawn at random.", min=16)] = 20_000,
-    threads: Annotated[
-        int, typer.Option(help="Threads of one run; 0 takes the CPUs there are.", min=0, max=MAX_THREADS)
-    ] = 0,
+    threads: RunThreads = 0,
     alias: Alias = "prod",
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
@@ -115,16 +113,14 @@ def exits(
         version = result.publication.version
         if as_json:
             print_json(
-                {
-                    "name": version.name,
-                    "version": version.version,
-                    "digest": version.digest,
-                    "fitted": result.fitted.fitted,
-                    "held_out": result.fitted.held_out,
-                    "labelled": result.labelled,
-                    "candidates": [_document(each) for each in result.fitted.candidates],
-                    **publication_document(result.publication, registry),
-                }
+                published_document(
+                    result.publication,
+                    registry,
+                    fitted=result.fitted.fitted,
+                    held_out=result.fitted.held_out,
+                    labelled=result.labelled,
+                    candidates=[_document(each) for each in result.fitted.candidates],
+                )
             )
             return
         _show(result.fitted, request.risk)

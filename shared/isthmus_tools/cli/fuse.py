@@ -12,14 +12,14 @@ from msgspec import structs
 from isthmus.artifacts.choice import Choice
 from isthmus.artifacts.fusion import FusionGain
 from isthmus.errors import RequestMalformed
-from isthmus.settings import MAX_THREADS
-from isthmus_tools.cli.console import errors, print_json, publication_document, run, say, show_publication
+from isthmus_tools.cli.console import errors, print_json, published_document, run, say, show_publication
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     Alias,
     AsJson,
     ModelArgument,
     RegistryOption,
+    RunThreads,
     cut_option,
     registry_settings,
 )
@@ -56,9 +56,7 @@ def fuse(
         str, typer.Option(help="The codec behind the exit, such as int8/1; the plan's, or raw, if none.")
     ] = "",
     inputs: Annotated[int, typer.Option(help="Inputs at most, drawn at random.", min=1)] = 20_000,
-    threads: Annotated[
-        int, typer.Option(help="Threads of one run; 0 takes the CPUs there are.", min=0, max=MAX_THREADS)
-    ] = 0,
+    threads: RunThreads = 0,
     alias: Alias = "prod",
     registry: RegistryOption = DEFAULT_REGISTRY,
     as_json: AsJson = False,
@@ -142,18 +140,9 @@ def _choice(text: str) -> Choice | None:
 
 
 def _print(publication: Publication, gain: FusionGain, facts: dict[str, Any], registry: str) -> None:
-    version = publication.version
     # The gain once, beside the facts of either kind.
-    print_json(
-        {
-            "name": version.name,
-            "version": version.version,
-            "digest": version.digest,
-            "gain": {**structs.asdict(gain), "gain": gain.gain},
-            **facts,
-            **publication_document(publication, registry),
-        }
-    )
+    document = {**structs.asdict(gain), "gain": gain.gain}
+    print_json(published_document(publication, registry, gain=document, **facts))
 
 
 def _say_version(publication: Publication, text: str) -> None:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from isthmus.artifacts.json_documents import builtins
-from isthmus.settings import MAX_THREADS
 from isthmus_tools.cli.calibrate import PHOTOS
-from isthmus_tools.cli.console import errors, print_json, publication_document, run, say, show_publication, table
+from isthmus_tools.cli.console import errors, print_json, published_document, run, say, show_publication, table
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     PICTURES,
@@ -19,6 +18,7 @@ from isthmus_tools.cli.options import (
     DropPlan,
     ModelArgument,
     RegistryOption,
+    RunThreads,
     check_output,
     cut_option,
     registry_settings,
@@ -61,9 +61,7 @@ def leak(
         int, typer.Option(help="Pixels of the longer side at which photos are reconstructed and compared.", min=8)
     ] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the halves and of all training.", min=0, max=2**31)] = 0,
-    threads: Annotated[
-        int, typer.Option(help="Threads of one run; 0 takes the CPUs there are.", min=0, max=MAX_THREADS)
-    ] = 0,
+    threads: RunThreads = 0,
     picture: Annotated[
         Path | None, typer.Option(help="Draw some held-out inputs and their reconstructions to this .png or .svg file.")
     ] = None,
@@ -114,15 +112,7 @@ def leak(
             shown = result.reconstructions
             draw(result.leak, shown.originals, shown.baseline[0], shown.by_choice, version.name, picture)
         if as_json:
-            print_json(
-                {
-                    "name": version.name,
-                    "version": version.version,
-                    "digest": version.digest,
-                    **builtins(result.leak),
-                    **publication_document(result.publication, registry),
-                }
-            )
+            print_json(published_document(result.publication, registry, **builtins(result.leak)))
             return
         _show(result.leak)
         say(f"{version.name}:{version.version} {version.digest[:19]}…")

@@ -14,7 +14,7 @@ import typer
 from isthmus.artifacts.cuts import SYNTAX
 from isthmus.errors import RequestMalformed
 from isthmus.security.caller_keys import KEY_PREFIX
-from isthmus.settings import RegistrySettings
+from isthmus.settings import MAX_THREADS, RegistrySettings
 from isthmus.units import parse_duration
 from isthmus_tools.budget import Budget
 from isthmus_tools.cli.completion import complete_aliases, complete_cuts, complete_models
@@ -24,6 +24,9 @@ from isthmus_tools.figures.style import SUFFIXES
 # Tokens of identity providers have some thousand bytes.
 _MAX_KEY_BYTES = 16 * 2**10
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+RunThreads = Annotated[
+    int, typer.Option(help="Threads of one run; 0 takes the CPUs there are.", min=0, max=MAX_THREADS)
+]
 RegistryOption = Annotated[
     str,
     typer.Option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from isthmus.errors import RequestMalformed
-from isthmus_tools.cli.console import errors, print_json, publication_document, run, say, show_publication
+from isthmus_tools.cli.console import errors, print_json, published_document, run, say, show_publication
 from isthmus_tools.cli.options import (
     DEFAULT_REGISTRY,
     Alias,
@@ -87,15 +87,7 @@ def redact(
         version, redaction = result.publication.version, result.bundle.redaction
         sentence = "redacts nothing" if redaction is None else redaction.sentence()
         if as_json:
-            print_json(
-                {
-                    "name": version.name,
-                    "version": version.version,
-                    "digest": version.digest,
-                    "redaction": sentence,
-                    **publication_document(result.publication, registry),
-                }
-            )
+            print_json(published_document(result.publication, registry, redaction=sentence))
             return
         say(f"{version.name}:{version.version} {version.digest[:19]}… {sentence}")
         show_publication(result.publication, registry)

@@ -9,13 +9,14 @@ import os
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import nats
 import nkeys
 import pytest
+from nats.aio.client import Client
 from nats.js import JetStreamContext
 
 from isthmus.errors import BrokerRefused, BrokerUnavailable, ConfigurationMalformed, MessageTooLarge
@@ -217,6 +218,54 @@ def test_a_request_ends_with_its_connection_and_not_at_its_timeout(
     own_nats_server.kill()
     waiting.join(LONG_S)
     assert len(failures) == 1
+
+
+def test_a_connection_that_breaks_with_a_full_buffer_is_made_again(
+    own_nats_server: NatsServer, opened: ExitStack
+) -> None:
+    connection = opened.enter_context(NatsConnection(own_nats_server.url))
+
+    async def send_much(client: Client) -> None:
+        while not client.is_closed:
+            await client.publish("much", bytes(1000))
+            await asyncio.sleep(0)
+
+    def sends() -> None:
+        with suppress(BrokerUnavailable):
+            connection.run(send_much)
+
+    def is_connected() -> bool:
+        with suppress(BrokerUnavailable):
+            connection.run(Client.flush)
+            return True
+        return False
+
+    for _ in range(2):
+        senders = [threading.Thread(target=sends) for _ in range(4)]
+        for sender in senders:
+            sender.start()
+        senders[0].join(0.2)
+        own_nats_server.kill()
+        for sender in senders:
+            sender.join(LONG_S)
+        own_nats_server.restart()
+        eventually(is_connected)
+
+
+def test_an_unforeseen_error_while_connecting_is_told_and_does_not_end_the_connecting(
+    nats_server: NatsServer, opened: ExitStack
+) -> None:
+    goes_on = threading.Event()
+
+    async def prepare(client: Client) -> None:
+        if not goes_on.is_set():
+            raise TypeError("'NoneType' object is not subscriptable")
+
+    connection = opened.enter_context(NatsConnection(nats_server.url, prepare=prepare))
+    with pytest.raises(BrokerUnavailable, match="NoneType"):
+        connection.run(Client.flush, connect_timeout_s=0.5)
+    goes_on.set()
+    connection.run(Client.flush)
 
 
 def test_a_server_with_an_empty_store_gets_stream_and_consumer_anew(

@@ -28,6 +28,7 @@ CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 10.0
 """How long JetStream may take to confirm; a slow disk takes seconds for a batch."""
 _CANCEL_AGAIN_S = 1.0  # a client may take this long to send what is left before it closes
+_LOOK_S = 0.5
 _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.05, 2.0
 # A half-open connection is seen after three intervals.
 _PING_INTERVAL_S = 10
@@ -123,19 +124,19 @@ class _Supervisor:
                     self._client = client
                     self._settled.set()
                     pauses = backoff(_FIRST_PAUSE_S, _MAX_PAUSE_S)
-                    await closed.wait()
+                    await _end_of(client, closed)
                     # nats-py would let requests wait for their responses until their timeouts.
                     for task in self._running:
                         if task is not None:
                             task.cancel()
-                self._failure = BrokerUnavailable(f"the connection to {self._url} broke", broker=self._url)
-                self._settled.clear()
-            except BrokerUnavailable as e:
-                self._failure = e
-                self._settled.clear()
+                self._wait_after(self._broken())
             except BrokerRefused as e:
                 self._failure = e
                 self._settled.set()
+            except BrokerUnavailable as e:
+                self._wait_after(e)
+            except Exception as e:  # what nats-py fails with at one connect must not end all later ones
+                self._wait_after(BrokerUnavailable(f"{self._url}: {e!r}", broker=self._url))
             finally:
                 self._client = None
             await asyncio.sleep(next(pauses))
@@ -158,7 +159,7 @@ class _Supervisor:
         except asyncio.CancelledError as e:
             if not client.is_closed:
                 raise
-            raise BrokerUnavailable(f"the connection to {self._url} broke", broker=self._url) from e
+            raise self._broken() from e
         except BrokerUnavailable as e:
             # The server reports a missing permission out of band and leaves the request without a response.
             denied_at, denied = self._denied
@@ -167,6 +168,13 @@ class _Supervisor:
             raise
         finally:
             self._running.discard(task)
+
+    def _wait_after(self, failure: BrokerUnavailable) -> None:
+        self._failure = failure
+        self._settled.clear()
+
+    def _broken(self) -> BrokerUnavailable:
+        return BrokerUnavailable(f"the connection to {self._url} broke", broker=self._url)
 
     @contextlib.asynccontextmanager
     async def _connected(self, closed: asyncio.Event) -> AsyncIterator[Client]:
@@ -203,7 +211,19 @@ class _Supervisor:
             yield client
         finally:
             with contextlib.suppress(nats.errors.Error, OSError):
-                await client.close()  # flushes first
+                async with asyncio.timeout(CONNECT_TIMEOUT_S):  # a half-open connection takes nothing
+                    await client.close()  # flushes first
+
+
+async def _end_of(client: Client, closed: asyncio.Event) -> None:
+    """Wait for the end of the client's connection.
+
+    nats-py does not call `closed_cb` where it fails to send the rest of its buffer to a connection that broke.
+    """
+    while not client.is_closed and not closed.is_set():
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LOOK_S):
+                await closed.wait()
 
 
 @contextlib.contextmanager

@@ -172,11 +172,17 @@ def main() -> None:
     """Run the worker; an error of Isthmus goes to a file, for the process that started the run."""
     die_with(os.getppid())
     job = read_job(Path(sys.argv[1]))
+    code = 0
     try:
         _Worker(job).run()
     except IsthmusError as e:
         write_whole(Path(job.folder) / "error.json", json.dumps(e.document(), default=str).encode())
-        sys.exit(1)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Without the interpreter's finalisation: a thread of gloo that drops the last tensor meanwhile would abort the
+    # process (github.com/pytorch/pytorch/pull/179291), and its finished work would count as lost.
+    os._exit(code)
 
 
 if __name__ == "__main__":

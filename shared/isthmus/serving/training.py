@@ -23,6 +23,7 @@ from isthmus.errors import LocalError, SettingsError
 from isthmus.http.addresses import is_loopback
 from isthmus.serving.app import FunctionApp
 from isthmus.serving.protected_routes import open_protection, protected
+from isthmus.serving.receiving import BoundedListener
 from isthmus.serving.request import FunctionRequest
 from isthmus.serving.route_roles import TRAINING, Need, without_hop_keys
 from isthmus.settings import SegmentSettings
@@ -32,6 +33,8 @@ Exchange = Callable[[frames.Frame, Context], frames.Frame]
 """A part of a training: the frame in response to a frame; called by several threads."""
 # Of an idle connection: nodes that train for minutes between two calls connect anew.
 _IDLE_S = 60
+# A node keeps one between its calls; half of the files that a process may usually open.
+_CONNECTIONS = 512
 # Between looks at the end of the server.
 _LOOK_S = 0.2
 
@@ -95,8 +98,15 @@ class TrainingServer:
         self._server = create_server(
             self._app,
             map=self._connections,
-            sockets=[_listener(host, port)],
+            sockets=[
+                BoundedListener(
+                    _listener(host, port),
+                    total_bytes=settings.max_working_bytes // 2,
+                    receive_s=settings.deadline_s,
+                )
+            ],
             threads=settings.max_concurrency,
+            connection_limit=_CONNECTIONS,
             channel_timeout=_IDLE_S,
             # The app refuses larger bodies with a JSON document; this bound is for bodies without an end.
             max_request_body_size=2 * settings.max_request_bytes,

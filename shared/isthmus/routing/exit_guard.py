@@ -28,7 +28,7 @@ from isthmus.routing.idle_work import Job, job_context
 from isthmus.routing.latest_outcomes import LatestOutcomes
 from isthmus.routing.state import ExitState
 
-# Callers name versions, each with exits of its own.
+# Whose samples are kept: callers name versions, each with exits of its own.
 MAX_EXITS = 256
 
 ExitKey: TypeAlias = tuple[str, str, float]
@@ -53,15 +53,6 @@ class _Checks:
 
     limit: float
     outcomes: LatestOutcomes = field(default_factory=LatestOutcomes)
-    is_closed: bool = False
-
-    def add(self, agreed: bool) -> bool:
-        """Add an outcome; True where it closes the exit."""
-        if self.is_closed:
-            return False
-        self.outcomes.add(is_bad=not agreed)
-        self.is_closed = self.outcomes.exceed(self.limit)
-        return self.is_closed
 
 
 def limit_of(gate: Gate) -> float:
@@ -83,7 +74,7 @@ class ExitGuard:
         self._metrics, self._log, self._deadline_s = metrics, log, deadline_s
         self._lock = threading.Lock()
         self._checks: LRUCache[ExitKey, _Checks] = LRUCache(MAX_EXITS)
-        # Read by every request with an exit, without the lock.
+        # Read by every request with an exit, without the lock; kept where many others are checked since.
         self._closed: frozenset[ExitKey] = frozenset()
 
     def apply(self, route: Route) -> tuple[Route, Mapping[str, str | int]]:
@@ -96,16 +87,17 @@ class ExitGuard:
         """The present state of a route's exit; None without one."""
         if (branch := route.exit) is None:
             return None
+        key = _key(route)
         with self._lock:
-            checks = self._checks.get(_key(route)) or _Checks(limit_of(branch.gate))
+            checks, is_closed = self._checks.get(key) or _Checks(limit_of(branch.gate)), key in self._closed
             return ExitState(
                 branch.cut,
                 branch.gate.threshold,
-                0.0 if checks.is_closed else share,
+                0.0 if is_closed else share,
                 len(checks.outcomes),
                 checks.outcomes.share,
                 checks.limit,
-                checks.is_closed,
+                is_closed,
             )
 
     def job(
@@ -142,10 +134,13 @@ class ExitGuard:
         self._metrics.exit_checked(agreed)
         key = _key(route)
         with self._lock:
+            if key in self._closed:
+                return
             if (checks := self._checks.get(key)) is None:
                 checks = self._checks[key] = _Checks(limit_of(branch.gate))
-            is_closing = checks.add(agreed)
-            self._closed = frozenset(each for each, known in self._checks.items() if known.is_closed)
+            checks.outcomes.add(is_bad=not agreed)
+            if is_closing := checks.outcomes.exceed(checks.limit):
+                self._closed |= {key}
             self._metrics.exit_state(max(c.outcomes.share for c in self._checks.values()), len(self._closed))
         if is_closing:
             facts = {

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from msgspec import structs
 
 from isthmus.errors import LearningError
 from isthmus_tools.learning.training.config import DataTable, FileSource, FitTable, NetworkTable, TrainConfig
@@ -57,12 +58,13 @@ def train(
     group: ProcessGroup,
     on_start: Callable[[int], None] = lambda process: None,
     *,
+    options: FitTable = OPTIONS,
     resume: bool = False,
 ) -> tuple[TrainedNetwork, list[str]]:
     data.write(folder / "data")
     stages: list[str] = []
     trained = fit_on_processes(
-        config(folder),
+        config(folder, options),
         data,
         folder / "data",
         "x",
@@ -131,6 +133,16 @@ def test_a_killed_worker_is_named_and_the_resumed_run_trains_as_one_process_does
     assert trained.result.resumed_at == last >= OPTIONS.checkpoint_every
     assert trained.result.steps == alone.result.steps
     assert_same(trained, alone)
+
+
+def test_an_error_that_another_start_would_meet_as_well_ends_the_run_at_once(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    diverging = structs.replace(OPTIONS, optimiser="sgd", rate=1e30, clip=0.0, warmup=0.0)
+    with pytest.raises(LearningError, match=r"the loss is nan at step \d") as failed:
+        train(data, tmp_path, ProcessGroup(2), options=diverging)
+    assert "training.rate" in failed.value.hint
+    assert [path.name for path in tmp_path.glob("run/processes/logs/*/*")] == ["attempt_0"]
 
 
 def test_a_pipeline_over_the_cut_in_a_folder_relative_to_the_command_trains_as_one_process_does(

@@ -36,6 +36,7 @@ MAX_PROCESSES = 64
 # Of the end of a worker's log, in an error.
 _SHOWN_BYTES = 600
 _LOOK_S = 0.1
+_ERROR = "error.json"
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def _supervise(folder: Path, group: ProcessGroup, progress: Progress, on_start: 
         try:
             on_start(process.pid)
             shown: Any = None
-            while process.poll() is None:
+            # After an error of ours another start would fail as well, as where the loss is not finite.
+            while process.poll() is None and not (folder / _ERROR).exists():
                 shown = _show(folder / "progress.json", shown, progress)
                 time.sleep(_LOOK_S)
         finally:
@@ -154,7 +156,7 @@ def _show(path: Path, shown: Any, progress: Progress) -> Any:
 
 def _failure(folder: Path, code: int, group: ProcessGroup) -> LearningError:
     """The error of a run whose workers failed after the last restart."""
-    if (path := folder / "error.json").exists():
+    if (path := folder / _ERROR).exists():
         document = json.loads(path.read_bytes())
         return LearningError(document["error"], hint=document.get("hint", ""), **document.get("facts", {}))
     log = folder / "agent.log"

@@ -145,22 +145,31 @@ def test_an_error_that_another_start_would_meet_as_well_ends_the_run_at_once(
     assert [path.name for path in tmp_path.glob("run/processes/logs/*/*")] == ["attempt_0"]
 
 
-def test_a_pipeline_over_the_cut_in_a_folder_relative_to_the_command_trains_as_one_process_does(
+def test_a_pipeline_over_the_cut_whose_stage_is_killed_trains_as_one_process_does(
     data: PreparedData, alone: TrainedNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As the default is, .isthmus/training/NAME; and `#` would end a URL.
+    # Relative to the command, as the default .isthmus/training/NAME is; and `#` would end a URL.
     monkeypatch.chdir(tmp_path)
     folder = Path("runs #1")
-    trained, _ = train(data, folder, ProcessGroup(2, pipeline=True))
+    stages = [Checkpoints(folder / "run" / "checkpoints" / f"stage-{stage}", 2, "x") for stage in (0, 1)]
+    killers: list[threading.Thread] = []
+
+    def have_checkpoints() -> bool:
+        return all(stage.exist() for stage in stages)
+
+    group = ProcessGroup(2, pipeline=True)
+    trained, progress = train(
+        data, folder, group, lambda agent: killers.append(kill_worker(agent, 1, have_checkpoints))
+    )
+    killers[0].join()
+    # Both started again, from a step that both have.
+    assert any("restart 1" in stage for stage in progress)
+    assert trained.result.resumed_at >= OPTIONS.checkpoint_every
     assert_same(trained, alone)
     # Each process wrote the checkpoints of its own stage.
-    names = [set(_state(folder, stage)["network"]) for stage in (0, 1)]
+    states = [stage.latest() for stage in stages]
+    names = [set(state["network"]) for state in states if state is not None]
+    assert len(names) == 2
     assert not names[0] & names[1]
     with pytest.raises(LearningError, match="not 3"):
         ProcessGroup(3, pipeline=True)
-
-
-def _state(folder: Path, stage: int) -> dict[str, dict[str, object]]:
-    state = Checkpoints(folder / "run" / "checkpoints" / f"stage-{stage}", 2, "x").latest()
-    assert state is not None
-    return state

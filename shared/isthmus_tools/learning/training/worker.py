@@ -155,7 +155,7 @@ class _Worker:
         now = time.monotonic()
         if now - self._told_at >= _TELL_S or done == total:
             self._told_at = now
-            again = f", started again {self._attempt} times" if self._attempt else ""
+            again = f", restart {self._attempt}" if self._attempt else ""
             write_whole(self._folder / "progress.json", json.dumps([stage + again, done, total]).encode())
 
 

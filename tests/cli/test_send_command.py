@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from isthmus.events.brokers.nats import NatsConsumer
+from isthmus.events.brokers.nats import NatsConsumer, NatsPublisher
 from isthmus.events.claims import ClaimStore, parse_claim
+from isthmus.events.message import Message
 from isthmus.registry import FolderStore
+from support.brokers import fetched
 from support.bundles import photo
 from support.cli import document, isthmus
 from support.nats_server import NatsServer
@@ -40,7 +43,7 @@ def test_files_of_a_folder_arrive_with_type_and_headers(queue: tuple[Path, NatsC
     (tmp_path / "photos" / ".hidden").write_bytes(b"1")
     sent = document(isthmus("send", configuration, tmp_path / "photos", "-H", "Camera=3", "--json"))
     assert [Path(each["file"]).name for each in sent["sent"]] == ["0.jpg", "1.jpg", "ä 2.jpg"]
-    deliveries = consumer.fetch(10, 5)
+    deliveries = fetched(consumer, 3)
     assert [d.message.body for d in deliveries] == [photo(seed=i) for i in range(3)]
     assert {d.message.content_type for d in deliveries} == {"image/jpeg"}
     assert {d.message.headers["camera"] for d in deliveries} == {"3"}
@@ -55,20 +58,25 @@ def test_a_file_that_is_sent_again_has_the_same_id(queue: tuple[Path, NatsConsum
     again = document(isthmus("send", configuration, tmp_path / "a.jpg", "--json"))
     assert first["sent"][0]["id"] == again["sent"][0]["id"]
     # JetStream itself drops the repetition within its window.
-    assert len(consumer.fetch(10, 1)) == 1
+    assert len(fetched(consumer, 1)) == 1
+    assert not consumer.fetch(1, 0.1)
 
 
-def test_a_wildcard_of_the_source_is_filled(nats_server: NatsServer, tmp_path: Path) -> None:
+def test_files_sent_before_the_first_start_leave_the_source_its_wildcard(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
     subject = f"cameras-{tmp_path.name.replace('_', '-')}"
     (tmp_path / "trigger.toml").write_text(
         f'[source]\nkind = "nats"\nurl = "{nats_server.url}"\nsubject = "{subject}.*"\n'
     )
-    consumer = NatsConsumer(nats_server.place(f"{subject}.*"), "")
     (tmp_path / "a.jpg").write_bytes(photo())
     document(isthmus("send", tmp_path / "trigger.toml", tmp_path / "a.jpg", "--json"))
-    (delivery,) = consumer.fetch(1, 5)
-    assert delivery.message.source == f"{subject}.file"
-    consumer.close()
+    with (
+        closing(NatsConsumer(nats_server.place(f"{subject}.*"), "")) as consumer,
+        closing(NatsPublisher(nats_server.place(f"{subject}.north"), makes_stream=False)) as camera,
+    ):
+        camera.publish(Message(b"1", "north"))
+        assert [d.message.source for d in fetched(consumer, 2)] == [f"{subject}.file", f"{subject}.north"]
 
 
 @pytest.mark.parametrize("size", [3_200_000, 20 * 10**6])
@@ -79,7 +87,7 @@ def test_a_body_over_the_brokers_limit_goes_by_reference(
     (tmp_path / "activation.bin").write_bytes(bytes(range(256)) * (size // 256))
     sent = document(isthmus("send", configuration, tmp_path / "activation.bin", "--json"))
     assert sent["sent"][0]["by_claim"]
-    (delivery,) = consumer.fetch(1, 5)
+    (delivery,) = fetched(consumer, 1)
     claim = parse_claim(delivery.message.body)
     store = ClaimStore(FolderStore(str(tmp_path / "claims")), max_bytes=2**30, keep_s=60)
     assert store.redeem(claim) == (tmp_path / "activation.bin").read_bytes()
@@ -98,7 +106,7 @@ def test_a_file_too_large_for_the_store_is_refused_with_both_numbers_and_others_
     large, gone = told["failed"]
     assert (large["type"], large["facts"]) == ("MessageTooLarge", {"bytes": 25 * 2**20, "limit": 24 * 2**20})
     assert gone["type"] == "RequestMalformed"
-    assert [d.message.body for d in consumer.fetch(5, 5)] == [b"1"]
+    assert [d.message.body for d in fetched(consumer, 1)] == [b"1"]
 
 
 def test_a_device_is_not_read_to_its_end_and_a_name_of_any_bytes_is_sent(
@@ -110,7 +118,7 @@ def test_a_device_is_not_read_to_its_end_and_a_name_of_any_bytes_is_sent(
     result = isthmus("send", configuration, "/dev/zero", odd, "--json")
     told = json.loads(result.stdout)
     assert [(each["file"], each["type"]) for each in told["failed"]] == [("/dev/zero", "MessageTooLarge")]
-    assert [d.message.body for d in consumer.fetch(5, 5)] == [b"1"]
+    assert [d.message.body for d in fetched(consumer, 1)] == [b"1"]
 
 
 def test_a_broker_that_is_away_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

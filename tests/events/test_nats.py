@@ -147,6 +147,26 @@ def test_the_result_of_a_message_in_the_messages_own_stream_is_no_duplicate(
     assert not consumer.fetch(1, 0.1)
 
 
+def test_a_publisher_of_a_source_makes_the_stream_that_the_source_would(
+    nats_server: NatsServer, opened: ExitStack
+) -> None:
+    prefix = unique_subject()
+    source = nats_server.place(f"{prefix}.*")
+    publisher = NatsPublisher(nats_server.place(f"{prefix}.file"), read_by=source)
+    opened.callback(publisher.close)
+    publisher.publish(Message(b"", "first"))
+    other = publisher_of(opened, nats_server, f"{prefix}.camera")
+    other.publish(Message(b"", "second"))
+    consumer = consumer_of(opened, nats_server, f"{prefix}.*")
+    deliveries = fetched(consumer, 2)
+    assert [d.message.id for d in deliveries] == ["first", "second"]
+    for delivery in deliveries:
+        delivery.ack()
+    # A work queue: an acknowledged message is removed.
+    stream = f"{prefix}.any".replace(".", "-")
+    eventually(lambda: with_jetstream(nats_server, lambda js: js.stream_info(stream)).state.messages == 0)
+
+
 def test_a_message_over_max_payload_is_refused_before_sending_with_both_numbers(
     tmp_path: Path, opened: ExitStack
 ) -> None:

@@ -17,6 +17,7 @@ from isthmus.events.message import Message
 from isthmus.settings import RegistrySettings
 from isthmus_tools.learning.training.capture import Capture, capture
 from isthmus_tools.learning.training.config import MqttSource
+from support.brokers import fetched
 from support.nats_server import NatsServer
 from support.ports import free_port
 
@@ -55,7 +56,7 @@ def test_readings_are_labelled_by_their_topic_and_a_killed_capture_goes_on(broke
         consumer.fetch(1, 0.0)
         values = np.arange(6, dtype=np.float32).reshape(2, 3)
         publish(broker, "study/ann/walk/readings", request(values))
-        (delivery,) = consumer.fetch(1, 10.0)
+        (delivery,) = fetched(consumer, 1)
         first.take([delivery])
         first.take([delivery])
     # A kill in the middle of a line.

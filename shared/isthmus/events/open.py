@@ -57,8 +57,8 @@ def open_consumer(place: Broker, settings: RegistrySettings) -> Consumer:
     raise ConfigurationMalformed(f"no consumer for {where_of(place)}", where="source")
 
 
-def open_publisher(place: Place, settings: RegistrySettings) -> Publisher:
-    """The publisher of a place of results or dead letters.
+def open_publisher(place: Place, settings: RegistrySettings, *, read_by: Broker | None = None) -> Publisher:
+    """The publisher of a place of results or dead letters, or of a place that the source `read_by` reads.
 
     Raises:
         ConfigurationMalformed, BrokerRefused, BrokerUnavailable: as `isthmus.events.assembly.open_trigger`.
@@ -68,7 +68,8 @@ def open_publisher(place: Place, settings: RegistrySettings) -> Publisher:
             case NatsPlace():
                 from isthmus.events.brokers.nats import NatsPublisher
 
-                return NatsPublisher(place, secret_text(place.credentials_secret, settings))
+                source = read_by if isinstance(read_by, NatsPlace) else None
+                return NatsPublisher(place, secret_text(place.credentials_secret, settings), read_by=source)
             case MqttPlace():
                 from isthmus.events.brokers.mqtt import MqttPublisher
 

@@ -153,7 +153,7 @@ class _TriggerApp(FunctionApp):
         return CallIntake(
             configuration,
             trigger.parts.calls,
-            open_publisher(place, self._trigger_settings),
+            open_publisher(place, self._trigger_settings, read_by=configuration.source),
             trigger.parts.claims,
             name=trigger.name,
             backlog=lambda: trigger.status().backlog,

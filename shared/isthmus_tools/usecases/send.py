@@ -57,7 +57,8 @@ def send_files(request: SendRequest) -> Iterator[SentFile]:
         BrokerUnavailable, BrokerRefused, ConfigurationMalformed, ResultStoreUnavailable: no further file can be sent.
     """
     claims = open_claims(request.configuration.claims, request.settings)
-    publisher = open_publisher(writable(request.configuration.source, WILDCARD_LEVEL), request.settings)
+    source = request.configuration.source
+    publisher = open_publisher(writable(source, WILDCARD_LEVEL), request.settings, read_by=source)
     try:
         for file in request.files:
             try:

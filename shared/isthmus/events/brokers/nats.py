@@ -33,6 +33,9 @@ _NAME_IN_USE, _OVERLAP = 10058, 10065  # JSStreamNameExistErr, JSStreamSubjectOv
 # What other transports have in names of headers.
 _NOT_NAME = re.compile(r"[^!-9;-~]")
 _MSG_ID = api.Header.MSG_ID.value
+# Of a source: an acknowledged message is removed, a full stream refuses messages. Of other places: the oldest go.
+_WORK_QUEUE = api.StreamConfig(retention=api.RetentionPolicy.WORK_QUEUE, discard=api.DiscardPolicy.NEW)
+_LATEST = api.StreamConfig(retention=api.RetentionPolicy.LIMITS, discard=api.DiscardPolicy.OLD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +139,7 @@ class NatsConsumer:
     async def _subscribe(self, client: Client) -> None:
         """Find or make stream and consumer, on each connection."""
         js, place = client.jetstream(timeout=REQUEST_TIMEOUT_S), self._place
-        config = api.StreamConfig(retention=api.RetentionPolicy.WORK_QUEUE, discard=api.DiscardPolicy.NEW)
-        self._stream = await _ensure_stream(js, place, config, self._limits)
+        self._stream = await _ensure_stream(js, place, _WORK_QUEUE, self._limits)
         try:
             existing = (await js.consumer_info(self._stream, place.durable)).config
             if existing.filter_subject != place.subject:
@@ -195,15 +197,23 @@ class NatsPublisher:
     """Publishes to a subject with the message's id; see `isthmus.events.broker.Publisher`.
 
     A subject without a stream gets a stream that drops its oldest messages beyond 1 GiB or seven days, unless
-    `makes_stream` is False because the consumer makes the stream.
+    `makes_stream` is False because the consumer makes the stream. Where a consumer of the place `read_by` reads the
+    subject, its stream is made, with all of its subjects: a stream of this subject alone would keep the others out.
     """
 
-    def __init__(self, place: NatsPlace, credentials: str = "", *, makes_stream: bool = True) -> None:
+    def __init__(
+        self,
+        place: NatsPlace,
+        credentials: str = "",
+        *,
+        makes_stream: bool = True,
+        read_by: NatsPlace | None = None,
+    ) -> None:
         if re.search(r"(^|\.)[*>](\.|$)", place.subject):
             raise ConfigurationMalformed(
                 f"{place.subject} has a wildcard, and messages are published to one subject", where="subject"
             )
-        self._place, self._makes_stream = place, makes_stream
+        self._place, self._makes_stream, self._read_by = place, makes_stream, read_by
         self._max_payload: int | None = None
         self._connection = NatsConnection(place.url, credentials, self._note_limit)
         self._connection.start()
@@ -262,8 +272,10 @@ class NatsPublisher:
         except nats.js.errors.NoStreamResponseError:
             if not self._makes_stream:
                 raise
-            config = api.StreamConfig(retention=api.RetentionPolicy.LIMITS, discard=api.DiscardPolicy.OLD)
-            await _ensure_stream(js, self._place, config, StreamLimits())
+            if self._read_by is not None:
+                await _ensure_stream(js, self._read_by, _WORK_QUEUE, StreamLimits())
+            else:
+                await _ensure_stream(js, self._place, _LATEST, StreamLimits())
             await js.publish(subject, body, stream=stream, headers=headers)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +24,7 @@ from isthmus_tools.cli.options import (
     read_api_key,
     registry_settings,
 )
-from isthmus_tools.zoo.photos import read_photo
+from isthmus_tools.zoo.photos import photo_files, read_photo
 
 if TYPE_CHECKING:
     from isthmus.client import Client
@@ -125,7 +125,7 @@ class ModelPlace:
 
 
 def _photos(photos: list[Path], model: str, where: ModelPlace, top_k: int | None, as_json: bool) -> None:
-    paths = list(_files(photos))
+    paths = list(photo_files(photos))
     if len(paths) == 1:
         read_photo(paths[0])  # loading a model takes longer than to see that the file is not there
     predict = _predictor(model, where, top_k)
@@ -161,25 +161,6 @@ def _check_failures(failures: Mapping[str, int], photos: int) -> None:
     if count := sum(failures.values()):
         kinds = ", ".join(f"{number} {kind}" for kind, number in failures.items())
         raise RequestMalformed(f"{count} of {photos} photos failed: {kinds}", failed=count, photos=photos)
-
-
-def _files(paths: Sequence[Path]) -> Iterator[Path]:
-    """The files, and the files of folders by name.
-
-    Raises:
-        RequestMalformed: a folder without files.
-    """
-    for path in paths:
-        if not path.is_dir():
-            yield path
-            continue
-        # Hidden files are the system's: .DS_Store.
-        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-        if not files:
-            raise RequestMalformed(
-                f"{path} holds no files", path=str(path), hint="name the folders that hold the photos themselves"
-            )
-        yield from files
 
 
 def _predictor(model: str, where: ModelPlace, top_k: int | None) -> Callable[[bytes], dict[str, Any]]:

@@ -33,7 +33,7 @@ from isthmus.errors import (
 from isthmus.processing.image_spec import photos_refused
 from isthmus_tools.progress import Progress, silent
 from isthmus_tools.usecases.local_model import LocalModel
-from isthmus_tools.zoo.photos import read_photo
+from isthmus_tools.zoo.photos import photo_files, read_photo
 
 Predict: TypeAlias = Callable[[Sequence[bytes]], list[dict[str, Any]]]
 """Predictions for photos, in order: each the document of a prediction, or of the error that the photo caused."""
@@ -80,7 +80,9 @@ def classify_photos(request: BatchRequest, progress: Progress = silent) -> Batch
             another running run, or holds results of another model or version.
         IsthmusError: of the model or the router; written lines stay, and the next run continues after these lines.
     """
-    paths = list(dict.fromkeys(_files(request.photos)))
+    if missing := [path for path in request.photos if not path.exists()]:
+        raise RequestMalformed(f"{missing[0]} cannot be read: there is no such file", path=str(missing[0]))
+    paths = list(dict.fromkeys(photo_files(request.photos)))
     with _output(request.output) as file:
         previous = _read_lines(file, request.output)
         models = {_model_of(line) for line in previous.values()} - {None}
@@ -167,22 +169,6 @@ def _classify(chunk: Sequence[tuple[Path, bytes | IsthmusError]], predict: Predi
         document = next(predictions) if isinstance(data, bytes) else data.document()
         lines.append({"photo": str(path), **document})
     return lines
-
-
-def _files(paths: Sequence[Path]) -> Iterator[Path]:
-    for path in paths:
-        if not path.is_dir():
-            if not path.exists():
-                raise RequestMalformed(f"{path} cannot be read: there is no such file", path=str(path))
-            yield path
-            continue
-        # Hidden files are the system's: .DS_Store.
-        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-        if not files:
-            raise RequestMalformed(
-                f"{path} holds no files", path=str(path), hint="name the folders that hold the photos themselves"
-            )
-        yield from files
 
 
 def _chunks(paths: Sequence[Path]) -> Iterator[list[tuple[Path, bytes | IsthmusError]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from isthmus.errors import ModelError, RequestMalformed
@@ -42,6 +42,25 @@ def varied_photos() -> list[Path]:
         ModelError: as `sample_photos`.
     """
     return _paths(_SAMPLES | _VARIED)
+
+
+def photo_files(paths: Sequence[Path]) -> Iterator[Path]:
+    """The files, and the files of folders by name.
+
+    Raises:
+        RequestMalformed: a folder without files.
+    """
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        # Hidden files are the system's: .DS_Store.
+        files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        if not files:
+            raise RequestMalformed(
+                f"{path} holds no files", path=str(path), hint="name the folders that hold the photos themselves"
+            )
+        yield from files
 
 
 def read_photo(path: Path) -> bytes:

@@ -21,10 +21,11 @@ from nats.js import JetStreamContext
 
 from isthmus.errors import BrokerRefused, BrokerUnavailable, ConfigurationMalformed, MessageTooLarge
 from isthmus.events.brokers import nats_connection
-from isthmus.events.brokers.nats import HEADER_BYTES, NatsConsumer, NatsDelivery, NatsPublisher
+from isthmus.events.brokers.nats import HEADER_BYTES, NatsConsumer, NatsPublisher
 from isthmus.events.brokers.nats_connection import NatsConnection
 from isthmus.events.configuration import NatsPlace
 from isthmus.events.message import Message
+from support.brokers import fetched
 from support.nats_server import NatsServer, unique_subject
 from support.patience import LONG_S, eventually
 from support.ports import free_port
@@ -53,21 +54,6 @@ def publisher_of(opened: ExitStack, server: NatsServer, subject: str, **options:
     publisher = NatsPublisher(server.place(subject, **options))
     opened.callback(publisher.close)
     return publisher
-
-
-def fetched(consumer: NatsConsumer, count: int) -> list[NatsDelivery]:
-    """`count` deliveries, over outages of the broker."""
-    deliveries: list[NatsDelivery] = []
-
-    def enough() -> bool:
-        try:
-            deliveries.extend(consumer.fetch(count - len(deliveries), 1.0))
-        except BrokerUnavailable:
-            return False
-        return len(deliveries) >= count
-
-    eventually(enough)
-    return deliveries
 
 
 def with_jetstream(server: NatsServer, work: Callable[[JetStreamContext], Awaitable[Any]]) -> Any:

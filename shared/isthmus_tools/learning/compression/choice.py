@@ -66,9 +66,9 @@ def parse_target(text: str) -> CompressionTarget:
 
 def dominated_by(variant: SegmentVariant, others: Sequence[SegmentVariant], plain: PlainFigures) -> str:
     """The name of a variant, or `the segment itself`, that is no worse in time, size and agreement; empty if none."""
-    # The segment's own predictions are exact: only less time or a smaller graph speaks for a variant.
     if variant.agreement < _LEAST_AGREEMENT:
         return AGREES_MORE
+    # The segment's own predictions are exact: only less time or a smaller graph speaks for a variant.
     if variant.seconds_ratio > 1 - _NOISE and variant.segment.graph.size >= plain.size:
         return THE_SEGMENT
     for other in others:

@@ -27,7 +27,7 @@ from isthmus_tools.learning.training.networks import two_parts
 from isthmus_tools.learning.training.run import TrainedNetwork, initial_network
 from isthmus_tools.learning.training.samples import PreparedData
 from isthmus_tools.learning.training.trainer import EpochResult, TrainingResult
-from isthmus_tools.learning.training.worker import WorkerJob
+from isthmus_tools.learning.training.worker import ERROR, WorkerJob
 from isthmus_tools.progress import Progress, silent
 
 MAX_RESTARTS = 3
@@ -36,7 +36,6 @@ MAX_PROCESSES = 64
 # Of the end of a worker's log, in an error.
 _SHOWN_BYTES = 600
 _LOOK_S = 0.1
-_ERROR = "error.json"
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def _supervise(folder: Path, group: ProcessGroup, progress: Progress, on_start: 
             on_start(process.pid)
             shown: Any = None
             # After an error of ours another start would fail as well, as where the loss is not finite.
-            while process.poll() is None and not (folder / _ERROR).exists():
+            while process.poll() is None and not (folder / ERROR).exists():
                 shown = _show(folder / "progress.json", shown, progress)
                 time.sleep(_LOOK_S)
         finally:
@@ -156,7 +155,7 @@ def _show(path: Path, shown: Any, progress: Progress) -> Any:
 
 def _failure(folder: Path, code: int, group: ProcessGroup) -> LearningError:
     """The error of a run whose workers failed after the last restart."""
-    if (path := folder / _ERROR).exists():
+    if (path := folder / ERROR).exists():
         document = json.loads(path.read_bytes())
         return LearningError(document["error"], hint=document.get("hint", ""), **document.get("facts", {}))
     log = folder / "agent.log"

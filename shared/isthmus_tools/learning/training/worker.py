@@ -38,6 +38,8 @@ from isthmus_tools.parent_death import die_with
 # Long for a step of any network that a few processes train; a peer that died is noticed at once.
 _STEP_S = 600
 _TELL_S = 0.2
+ERROR = "error.json"
+"""The file of the run's folder with an error of Isthmus, as a document."""
 
 
 class WorkerJob(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -176,7 +178,7 @@ def main() -> None:
     try:
         _Worker(job).run()
     except IsthmusError as e:
-        write_whole(Path(job.folder) / "error.json", json.dumps(e.document(), default=str).encode())
+        write_whole(Path(job.folder) / ERROR, json.dumps(e.document(), default=str).encode())
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.events.configuration import NatsPlace, Seconds
-from support.patience import until
+from support.patience import eventually, until
 from support.ports import free_port
 from support.s3_server import listens
 
@@ -49,6 +49,9 @@ class NatsServer:
         """Stop the server's processor time: its connections stay open."""
         if self._process is not None:
             self._process.send_signal(signal.SIGSTOP)
+            threads = Path(f"/proc/{self._process.pid}/task")
+            # The signal only asks: a thread that runs may still respond.
+            eventually(lambda: all("\nState:\tT" in (each / "status").read_text() for each in threads.iterdir()))
 
     def restart(self, *, empty: bool = False) -> None:
         """Kill it where it runs, remove its store where asked, and start it on the same port."""

@@ -193,6 +193,39 @@ def test_requests_that_waited_for_an_absent_router_are_sent_together_once_it_res
         thread.join()
 
 
+def test_a_counterpart_is_away_until_each_operation_that_waits_for_it_has_succeeded() -> None:
+    """A full spool can be read: its state must not change with each read."""
+    told: list[tuple[str, str]] = []
+    availability = limits.Availability(threading.Event(), lambda name, reason: told.append((name, reason)))
+    has_room = threading.Event()
+
+    def add() -> None:
+        if not has_room.is_set():
+            raise ResultStoreUnavailable("no room", store="spool")
+
+    adding = threading.Thread(target=availability.until, args=("spool", add, (ResultStoreUnavailable,)))
+    adding.start()
+    until(lambda: "spool" in availability.away)
+    assert availability.until("spool", lambda: "entries", (ResultStoreUnavailable,)) == "entries"
+    assert availability.away == {"spool": "no room"}
+    has_room.set()
+    adding.join()
+    assert availability.away == {}
+    assert told == [("spool", "no room"), ("spool", "")]
+
+
+def test_a_counterpart_whose_operation_ends_with_another_error_is_not_away() -> None:
+    availability = limits.Availability(threading.Event(), lambda name, reason: None)
+    errors = iter([ResultStoreUnavailable("away", store="spool"), ValueError("defect")])
+
+    def fail() -> None:
+        raise next(errors)
+
+    with pytest.raises(ValueError, match="defect"):
+        availability.until("spool", fail, (ResultStoreUnavailable,))
+    assert availability.away == {}
+
+
 def test_bodies_in_memory_are_bounded(setup: Setup) -> None:
     free = threading.Event()
     setup.route.answer = lambda message: (free.wait(LONG_S), DONE)[1]
@@ -263,8 +296,10 @@ def test_a_place_that_comes_and_goes_does_not_fill_the_log(
     monkeypatch.setattr(setup.results, "publish", failing_once)
     # Functions of other tests in this process set a level of their own on the loggers above.
     caplog.set_level(logging.INFO, "isthmus.events.trigger")
-    setup.drain(*messages(30), concurrency=1)
-    assert len(setup.results.ids) == 30
+    with setup.running():
+        for count, message in enumerate(messages(30), start=1):
+            setup.broker.send(message)
+            until(lambda: len(setup.results.ids) == count)  # noqa: B023
     assert len([r for r in caplog.records if "results" in r.getMessage()]) <= 22  # of 60
     assert "comes and goes" in caplog.text
 

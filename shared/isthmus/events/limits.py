@@ -128,28 +128,35 @@ class RouteLimit:
 
 
 class Availability:
-    """Retries while a counterpart is away (records, places, source), and lists absent counterparts with reasons."""
+    """Retries while a counterpart is away (records, places, source), and lists absent counterparts with reasons.
+
+    A counterpart is away until each operation that waits for it has succeeded: success of another operation proves
+    little (a full spool can be read), and the state would change with every success.
+    """
 
     def __init__(self, stop: threading.Event, on_change: Callable[[str, str], None]) -> None:
         self._stop, self._on_change = stop, on_change
         self._lock = threading.Lock()
-        self._away: dict[str, str] = {}
+        self._away: dict[str, dict[object, str]] = {}
 
     @property
     def away(self) -> dict[str, str]:
-        """Reasons by name; empty where everything answers."""
+        """The latest reason of each absent counterpart by its name; empty where everything answers."""
         with self._lock:
-            return dict(self._away)
+            return {name: list(reasons.values())[-1] for name, reasons in self._away.items()}
 
-    def note(self, name: str, reason: str) -> None:
-        """`name` is away for `reason`, or answers, where that is empty. A change is told once."""
+    def note(self, name: str, reason: str, operation: object = None) -> None:
+        """`name` is away for `reason`, or answers `operation`, where that is empty. A change is told once."""
         with self._lock:
-            changed = bool(reason) != (name in self._away)
+            reasons = self._away.setdefault(name, {})
+            was_away = bool(reasons)
+            reasons.pop(operation, None)
             if reason:
-                self._away[name] = reason
-            else:
-                self._away.pop(name, None)
-        if changed:
+                reasons[operation] = reason
+            is_away = bool(reasons)
+            if not is_away:
+                del self._away[name]
+        if is_away != was_away:
             self._on_change(name, reason)
 
     def until(self, name: str, operation: Callable[[], Value], errors: tuple[type[IsthmusError], ...]) -> Value:
@@ -158,16 +165,16 @@ class Availability:
         Raises:
             Stopping: the trigger ends, and the operation still fails.
         """
-        pauses = backoff(_FIRST_PAUSE_S, 2 * _MAX_PAUSE_S)
+        pauses, waiting = backoff(_FIRST_PAUSE_S, 2 * _MAX_PAUSE_S), object()
         while True:
+            reason = ""
             try:
-                value = operation()
+                return operation()
             except errors as e:
-                self.note(name, e.message)
-                self.pause(next(pauses))
-            else:
-                self.note(name, "")
-                return value
+                reason = e.message
+            finally:
+                self.note(name, reason, waiting)
+            self.pause(next(pauses))
 
     def pause(self, seconds: float) -> None:
         """Wait.

@@ -60,7 +60,7 @@ class TriggerCollector(Collector):
 
 
 def counterpart(name: str) -> str:
-    """The kind of a counterpart: `source`, `records`, `router`, or the kind of a place without its address."""
+    """The kind of a counterpart: `source`, `records`, `router`, `spool`, or the kind of a place without its address."""
     return name.partition(" ")[0]
 
 

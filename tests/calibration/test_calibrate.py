@@ -391,7 +391,7 @@ def test_a_cut_of_a_longer_partition_is_reached_through_its_segments(photos: Pub
     for cut in ("1", "6", "3"):
         at = CutBoundary.at(around, cut)
         boundary = at.select(executor.execute(at.head, photos.inputs).tensors)
-        assert np.allclose(at.tail_outputs(executor, boundary)["logits"], whole, atol=1e-5)
+        assert np.allclose(at.tail_outputs(executor, boundary)["logits"], whole, rtol=1e-5, atol=1e-5)
     with pytest.raises(CalibrationError, match="no segments"):
         CutBoundary.at(structs.replace(photos.bundle, segment_list=(photos.bundle.segment(".."),)), "1")
 

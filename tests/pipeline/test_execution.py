@@ -86,7 +86,7 @@ def test_the_split_answer_is_the_whole_models(
     cuts: tuple[str, ...] | None,
 ) -> None:
     result = answer(photos, remote if over == "http" else (local(photos),), cuts)
-    np.testing.assert_allclose(result.outputs["logits"], photos.whole["logits"], atol=TOLERANCE)
+    np.testing.assert_allclose(result.outputs["logits"], photos.whole["logits"], rtol=TOLERANCE, atol=TOLERANCE)
     assert [s.segment for s in result.runs] == [s.id for s in photos.bundle.partition(cuts)]
     for stage in result.runs:
         assert stage.total_s >= stage.run_s > 0
@@ -107,7 +107,7 @@ def test_a_value_that_passes_by_a_segment_is_not_sent_to_it(
     hop = Between(local(photos))
     result = answer(photos, (hop,), SKIP_CUTS)
     assert [sorted(tensors) for tensors in hop.taken] == [["x"], ["r3"], ["c4", "r1"]]
-    np.testing.assert_allclose(result.outputs["logits"], photos.whole["logits"], atol=TOLERANCE)
+    np.testing.assert_allclose(result.outputs["logits"], photos.whole["logits"], rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_the_result_holds_inputs_boundary_tensors_and_outputs(
@@ -128,7 +128,7 @@ def test_a_route_from_a_cut_goes_on_with_the_tensors_of_another(
     second = execute(local_route(pair.digest, pair.bundle, (tail,), hop), first.tensors, context())
     assert list(second.outputs) == ["early", "late"]
     for name, array in pair.whole.items():
-        np.testing.assert_allclose(second.outputs[name], array, atol=TOLERANCE)
+        np.testing.assert_allclose(second.outputs[name], array, rtol=TOLERANCE, atol=TOLERANCE)
     with pytest.raises(ShapeMismatch, match="r1"):
         execute(local_route(pair.digest, pair.bundle, (tail,), hop), pair.inputs, context())
 
@@ -157,7 +157,7 @@ def test_inputs_and_outputs_may_belong_to_either_end(pair: Published, local: Cal
     assert [sorted(tensors) for tensors in hop.taken] == [["x"], ["mask", "r1"]]
     assert list(result.outputs) == ["early", "late"]
     for name, array in pair.whole.items():
-        np.testing.assert_allclose(result.outputs[name], array, atol=TOLERANCE)
+        np.testing.assert_allclose(result.outputs[name], array, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_bytes_over_the_link_are_those_sent_behind_the_first_hop(

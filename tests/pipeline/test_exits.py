@@ -90,7 +90,7 @@ def test_a_sure_request_ends_at_the_exit_and_an_unsure_one_travels(
         assert found.is_early == (found.exit.confidence >= 0.5)
         assert [run.segment for run in found.runs] == (["..1"] if found.is_early else ["..1", "1.."])
         assert ("r1" in found.tensors) == (not found.is_early)
-        assert np.allclose(found.outputs["logits"], expected.outputs["logits"], atol=1e-5)
+        assert np.allclose(found.outputs["logits"], expected.outputs["logits"], rtol=1e-5, atol=1e-5)
         facts = found.facts()
         assert facts["exit_confidence"] == pytest.approx(found.exit.confidence, abs=1e-6)
         assert facts.get("exit") == ("1" if found.is_early else None)
@@ -159,10 +159,10 @@ def test_where_the_tail_gives_no_response_the_early_scores_are_at_hand(classes: 
     unsure = outcome.unsure()
     assert unsure is not None
     assert not unsure.is_early
-    assert np.allclose(unsure.outputs["logits"], classes.whole["logits"], atol=1e-5)
+    assert np.allclose(unsure.outputs["logits"], classes.whole["logits"], rtol=1e-5, atol=1e-5)
     assert [run.segment for run in unsure.runs] == ["..1"]
     again = execute(replace(outcome.rest, hops=(local,)), outcome.tensors, context())
-    assert np.allclose(again.outputs["logits"], classes.whole["logits"], atol=1e-5)
+    assert np.allclose(again.outputs["logits"], classes.whole["logits"], rtol=1e-5, atol=1e-5)
 
 
 def scores(count: int = 1, **changes: Any) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def soon(seconds: float = LONG_S) -> Deadline:
 def test_a_segment_gives_its_outputs_by_name(photos: Published, tmp_path: Path) -> None:
     found = runner_of(photos, tmp_path).run(photos.inputs)
     assert list(found) == ["logits"]
-    np.testing.assert_allclose(found["logits"], photos.whole["logits"], atol=TOLERANCE)
+    np.testing.assert_allclose(found["logits"], photos.whole["logits"], rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_bytes_that_the_runtime_cannot_use_as_they_lie_are_copied(
     given = lay(photos.inputs["x"])
     np.testing.assert_array_equal(given, photos.inputs["x"])
     found = runner_of(photos, tmp_path).run({"x": given})
-    np.testing.assert_allclose(found["logits"], photos.whole["logits"], atol=TOLERANCE)
+    np.testing.assert_allclose(found["logits"], photos.whole["logits"], rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3])
@@ -252,7 +252,7 @@ def test_a_segment_is_loaded_once_however_many_ask(photos: Published, tmp_path: 
 
     with ThreadPoolExecutor(16) as pool:
         for found in pool.map(ask, range(16)):
-            np.testing.assert_allclose(found, photos.whole["logits"], atol=TOLERANCE)
+            np.testing.assert_allclose(found, photos.whole["logits"], rtol=TOLERANCE, atol=TOLERANCE)
     assert source.calls == [WHOLE]
 
 

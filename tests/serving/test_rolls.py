@@ -76,7 +76,9 @@ class Rolled:
         if reply.status_code != 200:
             return reply.status_code, "", str(reply.json)
         logits = np.array(reply.json["outputs"][0]["data"], np.float32).reshape(1, 5)
-        ran = [v.version for v in self.versions if np.allclose(v.whole["logits"], logits, atol=TOLERANCE)]
+        ran = [
+            v.version for v in self.versions if np.allclose(v.whole["logits"], logits, rtol=TOLERANCE, atol=TOLERANCE)
+        ]
         assert reply.headers["Isthmus-Version"] == f"photos:{reply.json['model_version']}"
         return 200, reply.json["model_version"], "/".join(ran)
 

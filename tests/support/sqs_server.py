@@ -48,8 +48,9 @@ class SqsServer(BrokerServer):
         return f"http://127.0.0.1:{self.port}"
 
     def client(self) -> Any:
+        # Of the default session, which parses boto3's files once.
         with credentials():
-            return boto3.session.Session().client("sqs", endpoint_url=self.endpoint, region_name=REGION)
+            return boto3.client("sqs", endpoint_url=self.endpoint, region_name=REGION)
 
     def make(self, place: str, **attributes: str) -> None:
         fifo = {"FifoQueue": "true"} if self.suffix else {}

@@ -123,7 +123,7 @@ class _Held:
             waited_s = time.monotonic() - start
             if not left or (collected and waited_s > GRACE_S):
                 return left
-            if not collected and waited_s >= min(_COLLECT_AFTER_S, GRACE_S):  # what only a cycle holds ends with it
+            if not collected and waited_s >= _COLLECT_AFTER_S:  # what only a cycle holds ends with it
                 gc.collect()
                 collected = True
             time.sleep(0.02)

@@ -137,25 +137,23 @@ class Availability:
     def __init__(self, stop: threading.Event, on_change: Callable[[str, str], None]) -> None:
         self._stop, self._on_change = stop, on_change
         self._lock = threading.Lock()
-        self._away: dict[str, dict[object, str]] = {}
+        # By counterpart and operation.
+        self._reasons: dict[tuple[str, object], str] = {}
 
     @property
     def away(self) -> dict[str, str]:
         """The latest reason of each absent counterpart by its name; empty where everything answers."""
         with self._lock:
-            return {name: list(reasons.values())[-1] for name, reasons in self._away.items()}
+            return {name: reason for (name, _), reason in self._reasons.items()}
 
     def note(self, name: str, reason: str, operation: object = None) -> None:
         """`name` is away for `reason`, or answers `operation`, where that is empty. A change is told once."""
         with self._lock:
-            reasons = self._away.setdefault(name, {})
-            was_away = bool(reasons)
-            reasons.pop(operation, None)
+            was_away = self._is_away(name)
+            self._reasons.pop((name, operation), None)
             if reason:
-                reasons[operation] = reason
-            is_away = bool(reasons)
-            if not is_away:
-                del self._away[name]
+                self._reasons[name, operation] = reason
+            is_away = self._is_away(name)
         if is_away != was_away:
             self._on_change(name, reason)
 
@@ -184,3 +182,6 @@ class Availability:
         """
         if self._stop.wait(seconds):
             raise Stopping
+
+    def _is_away(self, name: str) -> bool:
+        return any(name == absent for absent, _ in self._reasons)
